@@ -1,0 +1,147 @@
+//! The queues, and why each of their arguments is as it is.
+//!
+//! Everything is declared at the start of a worker and by whoever publishes first; declaring is
+//! idempotent. All of it works on RabbitMQ 3.10 and on 4.x.
+
+use std::time::Duration;
+
+use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
+use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Channel, Connection, ErrorKind, ExchangeKind};
+
+use super::{put, short};
+
+/// How often the broker hands out a job whose worker dies before it dead-letters it.
+///
+/// Before 4.0 quorum queues have no limit unless one is declared, so one job that kills its worker
+/// would kill workers for ever.
+const DELIVERY_LIMIT: i64 = 10;
+
+/// The names in `[amqp]`, and the delays that need a retry queue.
+#[derive(Debug, Clone)]
+pub struct Topology {
+    /// Work.
+    pub jobs: String,
+    /// Results of jobs without `reply_to`.
+    pub results: String,
+    /// Jobs given up on.
+    pub dead: String,
+    /// Announcements of new active versions.
+    pub control_exchange: String,
+    /// One retry queue each.
+    pub retry_delays: Vec<Duration>,
+}
+
+impl Topology {
+    /// The retry queue of a delay. It is named after the jobs queue, because it leads back there:
+    /// two fleets on one broker must not share one.
+    pub fn retry_queue(&self, delay: Duration) -> String {
+        let base = self.jobs.strip_suffix(".jobs").unwrap_or(&self.jobs);
+        format!("{base}.retry.{}", humantime::format_duration(delay).to_string().replace(' ', ""))
+    }
+
+    /// Declares everything. Yields a sentence for each queue that exists with other arguments; such
+    /// a queue is used as it is.
+    ///
+    /// # Errors
+    /// What the broker said, if it was anything else.
+    pub async fn declare(&self, connection: &Connection) -> Result<Vec<String>, lapin::Error> {
+        let mut mismatches = Vec::new();
+        let dead_letters_to = |target: &str| {
+            let mut arguments = quorum();
+            // The default exchange routes by queue name.
+            put(&mut arguments, "x-dead-letter-exchange", "");
+            put(&mut arguments, "x-dead-letter-routing-key", target);
+            // At-most-once, the default, loses a message when the broker fails in between;
+            // at-least-once demands that a full queue refuses rather than drops.
+            put(&mut arguments, "x-dead-letter-strategy", "at-least-once");
+            put(&mut arguments, "x-overflow", "reject-publish");
+            arguments
+        };
+        // The dead queue first: a missing dead-letter target is retried only after minutes.
+        let mut queues = vec![(self.dead.clone(), quorum()), (self.results.clone(), quorum())];
+        let mut jobs = dead_letters_to(&self.dead);
+        jobs.insert(short("x-delivery-limit"), AMQPValue::LongLongInt(DELIVERY_LIMIT));
+        queues.push((self.jobs.clone(), jobs));
+        let mut delays = self.retry_delays.clone();
+        delays.sort();
+        delays.dedup();
+        for delay in delays {
+            let mut retry = dead_letters_to(&self.jobs);
+            let millis = i64::try_from(delay.as_millis()).unwrap_or(i64::MAX);
+            retry.insert(short("x-message-ttl"), AMQPValue::LongLongInt(millis));
+            queues.push((self.retry_queue(delay), retry));
+        }
+        for (name, arguments) in queues {
+            // A refusal closes the channel, so each declaration has its own.
+            let channel = connection.create_channel().await?;
+            let declared = channel
+                .queue_declare(short(&name), QueueDeclareOptions::durable(), arguments)
+                .await;
+            if let Err(error) = declared {
+                mismatches.push(mismatch(&name, error)?);
+            }
+        }
+        let channel = connection.create_channel().await?;
+        if let Err(error) = self.declare_control(&channel).await {
+            mismatches.push(mismatch(&self.control_exchange, error)?);
+        }
+        Ok(mismatches)
+    }
+
+    async fn declare_control(&self, channel: &Channel) -> Result<(), lapin::Error> {
+        let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+        channel
+            .exchange_declare(
+                short(&self.control_exchange),
+                ExchangeKind::Fanout,
+                durable,
+                FieldTable::default(),
+            )
+            .await
+    }
+}
+
+/// Replicated, durable, and settled by a majority: the only kind that survives the loss of a node.
+fn quorum() -> FieldTable {
+    let mut arguments = FieldTable::default();
+    put(&mut arguments, "x-queue-type", "quorum");
+    arguments
+}
+
+/// The sentence for an object that exists with other arguments; any other error is passed on.
+fn mismatch(name: &str, error: lapin::Error) -> Result<String, lapin::Error> {
+    match error.kind() {
+        ErrorKind::ProtocolError(e)
+            if *e.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) =>
+        {
+            Ok(format!(
+                "{name} exists with other arguments and is used as it is: {}",
+                e.get_message()
+            ))
+        }
+        _ => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retry_queues_are_named_after_their_jobs_queue_and_delay() {
+        let topology = |jobs: &str| Topology {
+            jobs: jobs.into(),
+            results: "r".into(),
+            dead: "d".into(),
+            control_exchange: "c".into(),
+            retry_delays: vec![],
+        };
+        let name = |jobs, millis| topology(jobs).retry_queue(Duration::from_millis(millis));
+        assert_eq!(name("angler.jobs", 5_000), "angler.retry.5s");
+        assert_eq!(name("angler.jobs", 300_000), "angler.retry.5m");
+        assert_eq!(name("angler.jobs", 90_500), "angler.retry.1m30s500ms");
+        assert_eq!(name("fleet-b", 5_000), "fleet-b.retry.5s");
+    }
+}

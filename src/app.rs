@@ -1,0 +1,193 @@
+//! The composition root: settings become parts, parts become a [`Worker`]. The only file that
+//! names every adapter.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::sync::OnceCell;
+
+use crate::amqp::publisher::Publisher;
+use crate::classes::catalog::Catalog;
+use crate::config::{Settings, redacted};
+use crate::embed;
+use crate::engine::Engine;
+use crate::health::Readiness;
+use crate::model::Model;
+use crate::pipeline::Pipeline;
+use crate::sink::ResultSink;
+use crate::sink::amqp::AmqpSink;
+use crate::source::JobSource;
+use crate::source::amqp::AmqpSource;
+use crate::store::local::{LocalImages, LocalObjects};
+use crate::store::s3::{self, S3Images, S3Objects, S3Uri};
+use crate::store::{ImageStore, ObjectStore, Routed};
+use crate::worker::{Worker, WorkerOptions};
+
+/// The parts that every command is put together from.
+pub struct App {
+    /// The settings, all layers.
+    pub settings: Settings,
+    s3: OnceCell<aws_sdk_s3::Client>,
+}
+
+impl App {
+    /// Parts by these settings; nothing is opened yet.
+    pub fn new(settings: Settings) -> Self {
+        Self { settings, s3: OnceCell::new() }
+    }
+
+    async fn s3_client(&self) -> aws_sdk_s3::Client {
+        let options = self.settings.s3_options();
+        self.s3.get_or_init(|| async { s3::client(&options).await }).await.clone()
+    }
+
+    /// Images in S3.
+    pub async fn s3_images(&self) -> S3Images {
+        S3Images::new(self.s3_client().await, &self.settings.s3_options())
+    }
+
+    /// The folder or bucket prefix of `classes.root`.
+    ///
+    /// # Errors
+    /// If it is an `s3://` URI without a bucket.
+    pub async fn class_root(&self) -> Result<Arc<dyn ObjectStore>> {
+        let root = &self.settings.classes.root;
+        if !root.starts_with("s3://") {
+            return Ok(Arc::new(LocalObjects::new(root)));
+        }
+        let uri = S3Uri::parse(root).map_err(anyhow::Error::msg).context("classes.root")?;
+        Ok(Arc::new(S3Objects::new(self.s3_client().await, uri)))
+    }
+
+    /// The model of `model.path`.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn model(&self) -> Result<Model> {
+        Ok(Model::load(&self.settings.model.path)?)
+    }
+
+    /// Opens the back end, warms it and starts the engine; says in one log line what runs and why.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn engine(&self, model: &Model) -> Result<Engine> {
+        let opened = embed::open(model, &self.settings.embed_options())?;
+        tracing::info!(model = model.fingerprint, "back end {}", opened.reason);
+        let size = (model.pixels.width, model.pixels.height);
+        Ok(Engine::start(opened.embedders, self.settings.batch_policy(), size)?)
+    }
+
+    /// Images from `store` through `engine`.
+    pub fn pipeline(
+        &self,
+        model: &Model,
+        engine: Engine,
+        store: Arc<dyn ImageStore>,
+    ) -> Arc<Pipeline> {
+        let limits = self.settings.image_limits();
+        Arc::new(Pipeline::new(store, engine, model.pixels.clone(), &limits))
+    }
+
+    /// Local files, and S3 if any of `uris` lies there.
+    pub async fn images_for(&self, uris: impl Iterator<Item = &str>) -> Arc<dyn ImageStore> {
+        let mut uris = uris;
+        let s3 = if uris.any(|uri| uri.starts_with("s3://")) {
+            Some(Arc::new(self.s3_images().await) as Arc<dyn ImageStore>)
+        } else {
+            None
+        };
+        Arc::new(Routed { s3, local: Arc::new(LocalImages) })
+    }
+
+    /// The versions under `classes.root`, for this model.
+    ///
+    /// # Errors
+    /// If the root cannot be used.
+    pub async fn catalog(&self, model: &Model) -> Result<Catalog> {
+        let c = &self.settings.classes;
+        Ok(Catalog::new(
+            self.class_root().await?,
+            &model.fingerprint,
+            model.dim,
+            Duration::from_secs_f64(c.poll_seconds),
+            c.cache_bytes,
+        ))
+    }
+
+    /// What a worker is told; `jobs_in_flight` bounds admitted jobs.
+    pub fn worker_options(
+        &self,
+        name: &str,
+        model: &Model,
+        jobs_in_flight: usize,
+    ) -> WorkerOptions {
+        let s = &self.settings;
+        WorkerOptions {
+            name: name.to_owned(),
+            model: model.fingerprint.clone(),
+            jobs_in_flight,
+            job_time: Duration::from_secs_f64(s.limits.job_seconds),
+            grace: Duration::from_secs(s.shutdown.grace_seconds),
+            retry: s.retry_schedule(),
+        }
+    }
+
+    /// The daemon's worker: RabbitMQ on both ends, S3 between, class sets loaded. The publisher is
+    /// to be closed after the worker.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub async fn daemon(&self, readiness: Arc<Readiness>) -> Result<(Worker, Arc<Publisher>)> {
+        let s = &self.settings;
+        let name = worker_name();
+        let model = self.model()?;
+        let engine = self.engine(&model)?;
+        let catalog = self.catalog(&model).await?;
+        for selector in s.preload()? {
+            let loaded = catalog.resolve(&selector).await;
+            loaded.with_context(|| format!("classes.preload: {selector}"))?;
+        }
+        readiness.set_warm();
+        let store = Arc::new(self.s3_images().await);
+        let pipeline = self.pipeline(&model, engine, store);
+        tracing::info!(broker = redacted(&s.amqp.url), worker = name, "connecting");
+        let options = s.amqp_options(&name);
+        let publisher = Arc::new(Publisher::new(options.clone(), s.topology()));
+        let source: Box<dyn JobSource> = Box::new(AmqpSource::new(
+            options,
+            s.topology(),
+            s.amqp.prefetch,
+            s.job_limits(),
+            Arc::clone(&publisher),
+            readiness,
+        ));
+        let sink: Arc<dyn ResultSink> = Arc::new(AmqpSink::new(
+            Arc::clone(&publisher),
+            s.amqp.results_queue.clone(),
+            s.amqp.reply_to_allow.clone(),
+        ));
+        let options = self.worker_options(&name, &model, usize::from(s.amqp.prefetch));
+        let worker = Worker::new(source, sink, pipeline, Arc::new(catalog), options);
+        Ok((worker, publisher))
+    }
+}
+
+/// The host's name: in a container it is the container's or the pod's.
+fn worker_name() -> String {
+    gethostname::gethostname().to_string_lossy().into_owned()
+}
+
+/// Whether a path or URI lies in S3.
+pub fn is_s3(place: &str) -> bool {
+    place.starts_with("s3://")
+}
+
+/// The last component of a path or URI, for names.
+pub fn last_component(place: &str) -> String {
+    let trimmed = place.trim_end_matches('/');
+    let name = Path::new(trimmed).file_name().map(|n| n.to_string_lossy().into_owned());
+    name.unwrap_or_default()
+}

@@ -1,0 +1,108 @@
+//! The commands, one file each, and what they share: flags, settings, exit codes.
+
+mod classes;
+mod classify;
+mod gather;
+mod worker;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::app::App;
+use crate::config::{Settings, SettingsError};
+use crate::embed::BackendChoice;
+use crate::telemetry;
+
+/// Classify images by metric learning: embeddings compared with versioned class vectors.
+#[derive(Parser)]
+#[command(name = "angler", version, about, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args)]
+struct Global {
+    /// Settings file [default: angler.toml, if it exists]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// One setting, for example amqp.prefetch=4; may be repeated
+    #[arg(long, global = true, value_name = "KEY=VALUE", value_parser = key_value)]
+    set: Vec<(String, String)>,
+    /// Model folder, or "builtin" (model.path)
+    #[arg(long, global = true, value_name = "FOLDER")]
+    model: Option<String>,
+    /// What runs the model (embedder.backend)
+    #[arg(long, global = true)]
+    backend: Option<BackendChoice>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Classify images in folders, files or S3: no broker needed
+    Classify(classify::Classify),
+    /// Run the daemon: jobs from RabbitMQ, images from S3, results to RabbitMQ
+    Worker(worker::WorkerCommand),
+    /// Make versions of class vectors
+    #[command(subcommand)]
+    Classes(classes::ClassesCommand),
+    /// Print the default settings, with what each means: a start for angler.toml
+    DefaultSettings,
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
+    Ok((key.trim().to_owned(), value.trim().to_owned()))
+}
+
+/// Wrong usage that clap cannot see: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct UsageError(pub String);
+
+/// Runs the command; yields the exit code.
+pub fn main(cli: Cli) -> ExitCode {
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            let usage = error.chain().any(|e| e.is::<SettingsError>() || e.is::<UsageError>());
+            ExitCode::from(if usage { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    if let Command::DefaultSettings = cli.command {
+        print!("{}", crate::config::DEFAULTS);
+        return Ok(());
+    }
+    let Global { config, mut set, model, backend } = cli.global;
+    if let Some(model) = model {
+        set.push(("model.path".to_owned(), model));
+    }
+    if let Some(backend) = backend {
+        let name = clap::ValueEnum::to_possible_value(&backend);
+        let name = name.map(|v| v.get_name().to_owned()).unwrap_or_default();
+        set.push(("embedder.backend".to_owned(), name));
+    }
+    let settings = Settings::load(config.as_deref(), &set)?;
+    telemetry::start(&settings.log).map_err(UsageError)?;
+    let app = App::new(settings);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        match cli.command {
+            Command::Classify(command) => command.run(&app).await,
+            Command::Worker(command) => command.run(&app).await,
+            Command::Classes(command) => command.run(&app).await,
+            Command::DefaultSettings => Ok(()),
+        }
+    });
+    // Blocking threads that still decode an image nobody waits for do not hold up the exit.
+    runtime.shutdown_background();
+    outcome
+}

@@ -1,0 +1,305 @@
+//! `angler classify`: the worker without a broker, over files.
+
+mod report;
+
+use std::io::{BufWriter, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use sha2::{Digest, Sha256};
+
+use super::{UsageError, classes::build_with_progress, classes::report_failed, gather};
+use crate::app::{App, is_s3, last_component};
+use crate::classes::ClassVectors;
+use crate::classes::catalog::Catalog;
+use crate::classes::file;
+use crate::job::{ClassSelector, Job, MAX_TOP_K, Run, check_name, hex};
+use crate::model::Model;
+use crate::pipeline::Pipeline;
+use crate::shutdown;
+use crate::sink::ResultSink;
+use crate::sink::jsonl::JsonLinesSink;
+use crate::source::folder::{FolderSource, IMAGES_PER_JOB};
+use crate::worker::Worker;
+use report::Report;
+
+/// Classifies images with nothing but this binary.
+///
+/// On a terminal: a table and a summary. In a pipe, or with --out: one JSON line an image, with
+/// `uri`, `label`, `score` and `top` or `error`, and `classes`, `model` and `backend` beside them.
+/// An image that cannot be read is a row with an error; the exit code stays 0.
+#[derive(Args)]
+pub struct Classify {
+    /// Folders, image files, or s3://bucket/prefix
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<String>,
+    /// SET[@VERSION] under classes.root, a class vectors FILE, or a FOLDER with one sub-folder of
+    /// reference images a class
+    #[arg(long, value_name = "SET[@VERSION]|FOLDER|FILE")]
+    classes: String,
+    /// Write JSON lines to this file; it appears when it is complete
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// How many of the best classes to list for each image, 1 to 100
+    #[arg(long, default_value_t = 1, value_name = "K")]
+    top_k: usize,
+    /// Below this cosine similarity an image is unknown [default: the set's own threshold]
+    #[arg(long, value_name = "COSINE", allow_negative_numbers = true)]
+    min_score: Option<f32>,
+    /// Add each image's normalised embedding, base64 of little-endian f32
+    #[arg(long)]
+    embeddings: bool,
+}
+
+/// What `--classes` turned out to be.
+enum ClassesOrigin {
+    Folder(String),
+    File(PathBuf),
+    Set(ClassSelector),
+}
+
+impl Classify {
+    pub(super) async fn run(self, app: &App) -> Result<()> {
+        self.check()?;
+        let origin = self.origin()?;
+        let images = gather::images(app, &self.paths).await?;
+        let references = match &origin {
+            ClassesOrigin::Folder(folder) => gather::references(app, folder).await?,
+            _ => Vec::new(),
+        };
+        let model = app.model()?;
+        let uris = images.iter().chain(references.iter().map(|r| &r.uri)).map(String::as_str);
+        let store = app.images_for(uris).await;
+        let engine = app.engine(&model)?;
+        let pipeline = app.pipeline(&model, engine.clone(), Arc::clone(&store));
+        let (catalog, selector) = match origin {
+            ClassesOrigin::Set(selector) => (app.catalog(&model).await?, selector),
+            ClassesOrigin::File(path) => fixed(read_file(&path)?, &model)?,
+            ClassesOrigin::Folder(folder) => {
+                let built = build_with_progress(&pipeline, references).await?;
+                report_failed(&built);
+                let name = folder_name(&folder);
+                let version = {
+                    let mut hash = Sha256::new();
+                    built.labels.iter().for_each(|label| hash.update(label));
+                    built.vectors.iter().for_each(|x| hash.update(x.to_le_bytes()));
+                    hex(&hash.finalize())[..12].to_owned()
+                };
+                let (labels, vectors) = (built.labels, built.vectors);
+                let fingerprint = model.fingerprint.clone();
+                let classes =
+                    ClassVectors::new((&name, &version), fingerprint, labels, vectors, None)?;
+                fixed(classes, &model)?
+            }
+        };
+        let classes = catalog.resolve(&selector).await?;
+        let outcome =
+            self.classify(app, &model, pipeline, catalog, selector, &classes, images).await;
+        engine.close().await;
+        outcome
+    }
+
+    #[allow(clippy::too_many_arguments)] // One call, each part named once.
+    async fn classify(
+        &self,
+        app: &App,
+        model: &Model,
+        pipeline: Arc<Pipeline>,
+        catalog: Catalog,
+        selector: ClassSelector,
+        classes: &ClassVectors,
+        images: Vec<String>,
+    ) -> Result<()> {
+        let jobs = images.len().div_ceil(IMAGES_PER_JOB) as u64;
+        let total = images.len();
+        let template = Job {
+            id: "classify".to_owned(),
+            images: Vec::new(),
+            classes: selector,
+            top_k: self.top_k,
+            min_score: self.min_score,
+            embeddings: self.embeddings,
+            run: Some(Run { id: "classify".to_owned(), jobs, index: 0 }),
+        };
+        let output = Output::open(self.out.as_deref())?;
+        let bar = progress_bar(total, "images");
+        let table = output.is_table();
+        let report = Arc::new(Mutex::new(Report::new(classes, total)));
+        let (seen, ticking) = (Arc::clone(&report), bar.clone());
+        let observer = Box::new(move |entry: &_| {
+            seen.lock().unwrap_or_else(PoisonError::into_inner).add(entry);
+            ticking.inc(1);
+        });
+        let (writer, finish) = output.split()?;
+        let sink = Arc::new(JsonLinesSink::new(writer, observer));
+        let options = app.worker_options(
+            "classify",
+            model,
+            2 + total.min(app.settings.limits.images_in_flight) / IMAGES_PER_JOB,
+        );
+        let worker = Worker::new(
+            Box::new(FolderSource::new(template, images)),
+            Arc::clone(&sink) as Arc<dyn ResultSink>,
+            Arc::clone(&pipeline),
+            Arc::new(catalog),
+            options,
+        );
+        let stop = shutdown::on_signals().context("signals cannot be caught")?;
+        let started = Instant::now();
+        let outcome = worker.run(stop.clone()).await;
+        let elapsed = started.elapsed();
+        bar.finish_and_clear();
+        outcome?;
+        sink.flush().context("results cannot be written")?;
+        drop(sink);
+        if stop.is_cancelled() {
+            bail!("interrupted: the results are not complete");
+        }
+        finish.complete()?;
+        let report = report.lock().unwrap_or_else(PoisonError::into_inner);
+        if table {
+            print!("{}", report.table());
+        }
+        let backend = pipeline.engine().backend();
+        eprint!("{}", report.summary(elapsed, classes, model, backend));
+        if let Some(out) = &self.out {
+            eprintln!("results in {}", out.display());
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), UsageError> {
+        if !(1..=MAX_TOP_K).contains(&self.top_k) {
+            return Err(UsageError(format!("--top-k must be 1 to {MAX_TOP_K}")));
+        }
+        if self.min_score.is_some_and(|s| !(-1.0..=1.0).contains(&s)) {
+            return Err(UsageError("--min-score must lie in [-1, 1]".to_owned()));
+        }
+        Ok(())
+    }
+
+    fn origin(&self) -> Result<ClassesOrigin, UsageError> {
+        let path = Path::new(&self.classes);
+        if path.is_dir() || is_s3(&self.classes) {
+            return Ok(ClassesOrigin::Folder(self.classes.clone()));
+        }
+        if path.is_file() {
+            return Ok(ClassesOrigin::File(path.to_owned()));
+        }
+        ClassSelector::parse(&self.classes)
+            .map(ClassesOrigin::Set)
+            .map_err(|e| UsageError(format!("--classes: no such folder or file, and {e}")))
+    }
+}
+
+/// A catalog of one version, and the selector that names it.
+fn fixed(classes: ClassVectors, model: &Model) -> Result<(Catalog, ClassSelector)> {
+    let selector = ClassSelector {
+        set: classes.set().to_owned(),
+        version: Some(classes.version().to_owned()),
+    };
+    Ok((Catalog::fixed(classes, &model.fingerprint, model.dim)?, selector))
+}
+
+/// `<set>/<version>.safetensors` names itself; any other path is named as well as it allows.
+fn read_file(path: &Path) -> Result<ClassVectors> {
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    let parent = path.parent().map(|p| last_component(&p.to_string_lossy())).unwrap_or_default();
+    let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+    let place = path.display().to_string();
+    Ok(file::read(&bytes, (&name_of(&parent), &name_of(&stem)), &place)?)
+}
+
+fn folder_name(folder: &str) -> String {
+    let absolute = Path::new(folder).canonicalize().map(|p| p.to_string_lossy().into_owned());
+    name_of(&last_component(&absolute.unwrap_or_else(|_| folder.to_owned())))
+}
+
+/// The text as a valid name: other characters become `-`.
+fn name_of(text: &str) -> String {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let name: String = text.chars().map(|c| if allowed(c) { c } else { '-' }).take(64).collect();
+    if check_name(&name).is_ok() { name } else { "classes".to_owned() }
+}
+
+/// Where JSON lines go.
+enum Output {
+    /// A terminal: a table at the end instead.
+    Table,
+    /// Standard output, in a pipe.
+    Pipe,
+    /// A file, written beside its place and renamed when it is complete.
+    File { path: PathBuf, temporary: PathBuf, file: std::fs::File },
+}
+
+/// What is left to do once everything is written.
+struct Finish(Option<(PathBuf, PathBuf)>);
+
+type Writer = Option<Box<dyn Write + Send>>;
+
+impl Output {
+    fn open(out: Option<&Path>) -> Result<Self> {
+        let Some(path) = out else {
+            return Ok(if std::io::stdout().is_terminal() { Self::Table } else { Self::Pipe });
+        };
+        let name =
+            path.file_name().ok_or_else(|| anyhow!("--out {}: not a file", path.display()))?;
+        let temporary = path.with_file_name(format!(".{}.part", name.to_string_lossy()));
+        let file = std::fs::File::create(&temporary)
+            .with_context(|| format!("--out {}", path.display()))?;
+        Ok(Self::File { path: path.to_owned(), temporary, file })
+    }
+
+    fn is_table(&self) -> bool {
+        // With --out on a terminal the table is shown as well.
+        !matches!(self, Self::Pipe) && std::io::stdout().is_terminal()
+    }
+
+    fn split(self) -> Result<(Writer, Finish)> {
+        Ok(match self {
+            Self::Table => (None, Finish(None)),
+            Self::Pipe => {
+                let writer = BufWriter::new(std::io::stdout());
+                (Some(Box::new(writer)), Finish(None))
+            }
+            Self::File { path, temporary, file } => {
+                (Some(Box::new(BufWriter::new(file))), Finish(Some((temporary, path))))
+            }
+        })
+    }
+}
+
+impl Finish {
+    fn complete(self) -> Result<()> {
+        match self.0 {
+            Some((from, to)) => std::fs::rename(&from, &to)
+                .with_context(|| format!("{} cannot become {}", from.display(), to.display())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A bar with rate and time left, on a terminal and for work that takes a while; else nothing.
+pub(super) fn progress_bar(total: usize, what: &'static str) -> ProgressBar {
+    let bar =
+        ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr_with_hz(8));
+    let template = format!("{{bar:24}} {{pos}}/{{len}} {what}  {{per_sec:>8}}  {{eta}} left");
+    if let Ok(style) = ProgressStyle::with_template(&template) {
+        bar.set_style(
+            style
+                .with_key(
+                    "per_sec",
+                    |state: &indicatif::ProgressState, w: &mut dyn std::fmt::Write| {
+                        let _ = write!(w, "{:.0}/s", state.per_sec());
+                    },
+                )
+                .progress_chars("█▌ "),
+        );
+    }
+    bar.enable_steady_tick(Duration::from_millis(250));
+    bar
+}

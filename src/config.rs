@@ -1,0 +1,446 @@
+//! Settings: documented defaults inside the binary, then a file, then the environment, then flags.
+//!
+//! Every layer is checked by the same types; an unknown key is an error in any of them.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use config::{Config, Environment, File, FileFormat};
+use serde::Deserialize;
+
+use crate::amqp::AmqpOptions;
+use crate::amqp::topology::Topology;
+use crate::embed::{self, BackendChoice};
+use crate::engine::batcher::BatchPolicy;
+use crate::job::{ClassSelector, JobLimits};
+use crate::pipeline::ImageLimits;
+use crate::retry::RetrySchedule;
+use crate::store::s3::S3Options;
+
+/// The documented defaults.
+pub const DEFAULTS: &str = include_str!("config.default.toml");
+
+/// The settings file that is read if no other is named and it exists.
+pub const DEFAULT_FILE: &str = "angler.toml";
+
+/// Settings that cannot be used: wrong usage, exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("settings: {0}")]
+pub struct SettingsError(String);
+
+/// All settings; the meaning of each stands in `config.default.toml`.
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)] // Documented in config.default.toml, which is what users read.
+pub struct Settings {
+    pub model: ModelSettings,
+    pub embedder: EmbedderSettings,
+    pub classes: ClassesSettings,
+    pub amqp: AmqpSettings,
+    pub s3: S3Settings,
+    pub limits: LimitsSettings,
+    pub retry: RetrySettings,
+    pub http: HttpSettings,
+    pub shutdown: ShutdownSettings,
+    pub log: LogSettings,
+}
+
+macro_rules! section {
+    ($(#[$meta:meta])* $name:ident { $($field:ident: $kind:ty,)* }) => {
+        $(#[$meta])*
+        #[derive(Clone, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        #[allow(missing_docs)] // Documented in config.default.toml, which is what users read.
+        pub struct $name { $(pub $field: $kind,)* }
+    };
+}
+
+section!(/** `[model]` */ ModelSettings { path: String, });
+section!(/** `[embedder]` */ EmbedderSettings {
+    backend: BackendChoice,
+    devices: Vec<i32>,
+    max_batch: usize,
+    linger_ms: u64,
+    threads: usize,
+    sessions: usize,
+    allow_fallback: bool,
+    onnxruntime_library: String,
+});
+section!(/** `[classes]` */ ClassesSettings {
+    root: String,
+    poll_seconds: f64,
+    cache_bytes: usize,
+    preload: Vec<String>,
+});
+section!(/** `[amqp]` */ AmqpSettings {
+    url: String,
+    jobs_queue: String,
+    results_queue: String,
+    dead_queue: String,
+    control_exchange: String,
+    prefetch: u16,
+    ca_file: String,
+    client_cert_file: String,
+    client_key_file: String,
+    reply_to_allow: Vec<String>,
+});
+section!(/** `[s3]` */ S3Settings {
+    endpoint: String,
+    region: String,
+    path_style: bool,
+    allowed_buckets: Vec<String>,
+    concurrency: usize,
+});
+section!(/** `[limits]` */ LimitsSettings {
+    images_per_job: usize,
+    message_bytes: usize,
+    image_bytes: u32,
+    image_pixels: u64,
+    images_in_flight: usize,
+    bytes_in_flight: usize,
+    image_seconds: f64,
+    job_seconds: f64,
+});
+section!(/** `[retry]` */ RetrySettings { delays_seconds: Vec<f64>, max_attempts: u32, });
+section!(/** `[http]` */ HttpSettings { listen: String, });
+section!(/** `[shutdown]` */ ShutdownSettings { grace_seconds: u64, });
+section!(/** `[log]` */ LogSettings { level: String, format: LogFormat, });
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Settings {
+    /// Reads all layers. `file` is `--config`; `flags` are `key=value` pairs.
+    ///
+    /// # Errors
+    /// [`SettingsError`], which names the key or the file.
+    pub fn load(file: Option<&Path>, flags: &[(String, String)]) -> Result<Self, SettingsError> {
+        let environment = Environment::with_prefix("ANGLER")
+            .prefix_separator("__")
+            .separator("__")
+            .try_parsing(true)
+            .list_separator(",")
+            .ignore_empty(true);
+        let environment = LISTS.iter().fold(environment, |e, key| e.with_list_parse_key(key));
+        Self::layered(file, environment, flags)
+    }
+
+    fn layered(
+        file: Option<&Path>,
+        environment: Environment,
+        flags: &[(String, String)],
+    ) -> Result<Self, SettingsError> {
+        let text = |e: config::ConfigError| SettingsError(e.to_string());
+        let mut builder = Config::builder().add_source(File::from_str(DEFAULTS, FileFormat::Toml));
+        match file {
+            Some(path) => builder = builder.add_source(File::from(path).format(FileFormat::Toml)),
+            None => {
+                let default = File::from(Path::new(DEFAULT_FILE)).format(FileFormat::Toml);
+                builder = builder.add_source(default.required(false));
+            }
+        }
+        builder = builder.add_source(environment);
+        for (key, value) in flags {
+            builder = builder.set_override(key, flag_value(key, value)).map_err(text)?;
+        }
+        let settings: Self = builder.build().and_then(Config::try_deserialize).map_err(text)?;
+        settings.check()?;
+        Ok(settings)
+    }
+
+    fn check(&self) -> Result<(), SettingsError> {
+        let e = &self.embedder;
+        let l = &self.limits;
+        let positive = [
+            ("embedder.max_batch", e.max_batch),
+            ("embedder.sessions", e.sessions),
+            ("amqp.prefetch", usize::from(self.amqp.prefetch)),
+            ("s3.concurrency", self.s3.concurrency),
+            ("limits.images_per_job", l.images_per_job),
+            ("limits.message_bytes", l.message_bytes),
+            ("limits.image_bytes", l.image_bytes as usize),
+            ("limits.image_pixels", usize::try_from(l.image_pixels).unwrap_or(usize::MAX)),
+            ("limits.images_in_flight", l.images_in_flight),
+            ("retry.max_attempts", self.retry.max_attempts as usize),
+        ];
+        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(SettingsError(format!("{key} must be at least 1")));
+        }
+        if e.max_batch > 4096 {
+            return Err(SettingsError("embedder.max_batch must be at most 4096".to_owned()));
+        }
+        if e.devices.iter().any(|device| *device < 0) {
+            return Err(SettingsError("embedder.devices must be numbers from 0".to_owned()));
+        }
+        if l.bytes_in_flight < l.image_bytes as usize {
+            return Err(SettingsError(format!(
+                "limits.bytes_in_flight ({}) must be at least limits.image_bytes ({})",
+                l.bytes_in_flight, l.image_bytes
+            )));
+        }
+        let seconds =
+            [("limits.image_seconds", l.image_seconds), ("limits.job_seconds", l.job_seconds)];
+        // A day is more than any deadline here can mean.
+        let wrong = |s: f64, least: f64| !s.is_finite() || s < least || s > 86_400.0;
+        if let Some((key, value)) = seconds.iter().find(|(_, s)| wrong(*s, 0.001)) {
+            return Err(SettingsError(format!("{key} = {value} must be between 0.001 and 86400")));
+        }
+        if wrong(self.classes.poll_seconds, 0.0) {
+            return Err(SettingsError("classes.poll_seconds must be 0 to 86400".to_owned()));
+        }
+        if self.retry.delays_seconds.iter().any(|s| wrong(*s, 0.001)) {
+            return Err(SettingsError(
+                "retry.delays_seconds must each be between 0.001 and 86400".to_owned(),
+            ));
+        }
+        let a = &self.amqp;
+        if a.client_cert_file.is_empty() != a.client_key_file.is_empty() {
+            return Err(SettingsError(
+                "amqp.client_cert_file and amqp.client_key_file belong together".to_owned(),
+            ));
+        }
+        self.preload()?;
+        Ok(())
+    }
+
+    /// `embedder.*`, as the back ends take it.
+    pub fn embed_options(&self) -> embed::Options {
+        let e = &self.embedder;
+        embed::Options {
+            choice: e.backend,
+            devices: e.devices.clone(),
+            threads: e.threads,
+            sessions: e.sessions,
+            allow_fallback: e.allow_fallback,
+            onnxruntime_library: path(&e.onnxruntime_library),
+        }
+    }
+
+    /// When batches close.
+    pub fn batch_policy(&self) -> BatchPolicy {
+        BatchPolicy {
+            max_batch: self.embedder.max_batch,
+            linger: Duration::from_millis(self.embedder.linger_ms),
+        }
+    }
+
+    /// `limits.*` that concern images.
+    pub fn image_limits(&self) -> ImageLimits {
+        let l = &self.limits;
+        ImageLimits {
+            image_bytes: l.image_bytes,
+            image_pixels: l.image_pixels,
+            images_in_flight: l.images_in_flight,
+            bytes_in_flight: l.bytes_in_flight,
+            image_time: Duration::from_secs_f64(l.image_seconds),
+            decoders: std::thread::available_parallelism().map_or(1, usize::from),
+        }
+    }
+
+    /// `limits.*` that concern messages.
+    pub fn job_limits(&self) -> JobLimits {
+        JobLimits { images: self.limits.images_per_job, message_bytes: self.limits.message_bytes }
+    }
+
+    /// `retry.*`
+    pub fn retry_schedule(&self) -> RetrySchedule {
+        RetrySchedule {
+            delays: self.retry.delays_seconds.iter().map(|s| Duration::from_secs_f64(*s)).collect(),
+            max_attempts: self.retry.max_attempts,
+        }
+    }
+
+    /// `s3.*`
+    pub fn s3_options(&self) -> S3Options {
+        let s = &self.s3;
+        S3Options {
+            endpoint: some(&s.endpoint),
+            region: some(&s.region),
+            path_style: s.path_style,
+            allowed_buckets: s.allowed_buckets.clone(),
+            concurrency: s.concurrency,
+        }
+    }
+
+    /// `amqp.*` that concern connections; `name` is the worker's.
+    pub fn amqp_options(&self, name: &str) -> AmqpOptions {
+        let a = &self.amqp;
+        AmqpOptions {
+            url: a.url.clone(),
+            ca_file: path(&a.ca_file),
+            client_cert_file: path(&a.client_cert_file),
+            client_key_file: path(&a.client_key_file),
+            name: name.to_owned(),
+        }
+    }
+
+    /// The queues.
+    pub fn topology(&self) -> Topology {
+        let a = &self.amqp;
+        Topology {
+            jobs: a.jobs_queue.clone(),
+            results: a.results_queue.clone(),
+            dead: a.dead_queue.clone(),
+            control_exchange: a.control_exchange.clone(),
+            retry_delays: self.retry_schedule().delays,
+        }
+    }
+
+    /// `classes.preload`
+    ///
+    /// # Errors
+    /// [`SettingsError`] if one is no class set.
+    pub fn preload(&self) -> Result<Vec<ClassSelector>, SettingsError> {
+        self.classes
+            .preload
+            .iter()
+            .map(|text| ClassSelector::parse(text))
+            .collect::<Result<_, _>>()
+            .map_err(|e| SettingsError(format!("classes.preload: {e}")))
+    }
+}
+
+/// The keys whose values are lists: in the environment and in flags they are split at commas.
+const LISTS: [&str; 5] = [
+    "embedder.devices",
+    "classes.preload",
+    "amqp.reply_to_allow",
+    "s3.allowed_buckets",
+    "retry.delays_seconds",
+];
+
+fn flag_value(key: &str, value: &str) -> config::Value {
+    if LISTS.contains(&key) {
+        let parts: Vec<config::Value> =
+            value.split(',').map(str::trim).filter(|v| !v.is_empty()).map(Into::into).collect();
+        return parts.into();
+    }
+    value.into()
+}
+
+fn some(text: &str) -> Option<String> {
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+fn path(text: &str) -> Option<PathBuf> {
+    some(text).map(PathBuf::from)
+}
+
+/// A URL without its password, for logs and messages.
+pub fn redacted(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return "(not a URL)".to_owned() };
+    let authority_end = rest.find(['/', '?']).unwrap_or(rest.len());
+    match rest[..authority_end].rfind('@') {
+        None => format!("{scheme}://{rest}"),
+        Some(at) => {
+            let user = rest[..at].split(':').next().unwrap_or_default();
+            format!("{scheme}://{user}:***{}", &rest[at..])
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    fn load(
+        file: Option<&str>,
+        env: &[(&str, &str)],
+        flags: &[(&str, &str)],
+    ) -> Result<Settings, SettingsError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file.map(|text| {
+            let path = folder.path().join("angler.toml");
+            std::fs::write(&path, text).unwrap();
+            path
+        });
+        let source: HashMap<String, String> =
+            env.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let environment = Environment::with_prefix("ANGLER")
+            .prefix_separator("__")
+            .separator("__")
+            .try_parsing(true)
+            .list_separator(",")
+            .source(Some(source));
+        let environment = LISTS.iter().fold(environment, |e, key| e.with_list_parse_key(key));
+        let flags: Vec<(String, String)> =
+            flags.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        Settings::layered(path.as_deref(), environment, &flags)
+    }
+
+    fn refused(file: &str) -> String {
+        match load(Some(file), &[], &[]) {
+            Ok(_) => panic!("{file} was accepted"),
+            Err(e) => e.to_string(),
+        }
+    }
+
+    #[test]
+    fn the_defaults_are_complete_and_valid() {
+        let settings = load(Some(""), &[], &[]).unwrap();
+        assert_eq!(settings.embedder.max_batch, 32);
+        assert_eq!(settings.embedder.backend, BackendChoice::Auto);
+    }
+
+    #[test]
+    fn later_layers_win() {
+        let file = "[amqp]\nprefetch = 2\njobs_queue = \"from-file\"\n[s3]\nconcurrency = 7";
+        let env = [
+            ("ANGLER__AMQP__PREFETCH", "3"),
+            ("ANGLER__AMQP__URL", "amqp://u:p@h/"),
+            ("ANGLER__S3__ALLOWED_BUCKETS", "a,b"),
+            ("ANGLER__EMBEDDER__DEVICES", "0,1"),
+        ];
+        let flags = [("amqp.prefetch", "4"), ("retry.delays_seconds", "0.5,2")];
+        let s = load(Some(file), &env, &flags).unwrap();
+        assert_eq!((s.amqp.prefetch, s.amqp.jobs_queue.as_str()), (4, "from-file"));
+        assert_eq!((s.s3.concurrency, s.amqp.url.as_str()), (7, "amqp://u:p@h/"));
+        assert_eq!(s.s3.allowed_buckets, ["a", "b"]);
+        assert_eq!(s.embedder.devices, [0, 1]);
+        assert_eq!(s.retry.delays_seconds, [0.5, 2.0]);
+    }
+
+    #[test]
+    fn unknown_keys_are_errors_in_every_layer() {
+        assert!(refused("[amqp]\nprefecth = 2").contains("prefecth"));
+        assert!(refused("[nonsense]\na = 1").contains("nonsense"));
+        let env = load(Some(""), &[("ANGLER__AMQP__PREFECTH", "2")], &[]);
+        assert!(env.err().unwrap().to_string().contains("prefecth"));
+        let flag = load(Some(""), &[], &[("amqp.prefecth", "2")]);
+        assert!(flag.err().unwrap().to_string().contains("prefecth"));
+    }
+
+    #[test]
+    fn values_that_make_no_sense_are_errors_that_name_the_key() {
+        for (file, key) in [
+            ("[embedder]\nmax_batch = 0", "embedder.max_batch"),
+            ("[embedder]\nbackend = \"gpu\"", "gpu"),
+            ("[limits]\nbytes_in_flight = 5", "limits.bytes_in_flight"),
+            ("[limits]\nimage_seconds = 0", "limits.image_seconds"),
+            ("[retry]\ndelays_seconds = [-1]", "retry.delays_seconds"),
+            ("[classes]\npreload = [\"../x\"]", "classes.preload"),
+            ("[amqp]\nclient_key_file = \"k\"", "amqp.client_cert_file"),
+            ("[amqp]\nprefetch = 70000", "prefetch"),
+        ] {
+            let message = refused(file);
+            assert!(message.contains(key), "{file}: {message}");
+        }
+        assert!(load(None, &[], &[]).is_ok());
+        assert!(Settings::load(Some(Path::new("/nowhere.toml")), &[]).is_err());
+    }
+
+    #[test]
+    fn passwords_are_not_shown() {
+        assert_eq!(redacted("amqp://u:p@ss@h:5672/v"), "amqp://u:***@h:5672/v");
+        assert_eq!(redacted("amqp://h/v"), "amqp://h/v");
+        assert_eq!(redacted("secret"), "(not a URL)");
+    }
+}

@@ -1,0 +1,277 @@
+//! The seam to the model: pixels in, embeddings out, nothing else.
+//!
+//! An [`Embedder`] is synchronous and takes `&mut self`: it is moved into an OS thread of the
+//! engine's, which owns it, so no back end needs a lock. [`open`] chooses among the back ends and
+//! says which one really works.
+
+pub mod fake;
+pub mod onnxruntime;
+pub mod tract;
+
+use std::path::PathBuf;
+
+use ndarray::{Array2, ArrayView4};
+use serde::{Deserialize, Serialize};
+
+use crate::model::Model;
+
+/// A back end that has loaded a model and is ready to run it.
+pub trait Embedder: Send {
+    /// What executes, as results name it.
+    fn backend(&self) -> Backend;
+
+    /// The embeddings of a batch.
+    ///
+    /// * `pixels`: u8 RGB, [N, H, W, 3], N ≥ 1.
+    /// * returns f32 [N, dim], not normalised.
+    ///
+    /// # Errors
+    /// [`EmbedError::Batch`] if this batch could not be run; the next may.
+    /// [`EmbedError::Broken`] if the back end cannot go on.
+    fn embed(&mut self, pixels: ArrayView4<'_, u8>) -> Result<Array2<f32>, EmbedError>;
+}
+
+/// Why a batch has no embeddings.
+#[derive(Debug, thiserror::Error)]
+pub enum EmbedError {
+    /// This batch failed; the back end goes on.
+    #[error("{0}")]
+    Batch(String),
+    /// The back end is broken for good.
+    #[error("{0}")]
+    Broken(String),
+}
+
+/// What executes a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Backend {
+    /// ONNX Runtime, CUDA provider.
+    #[serde(rename = "onnxruntime-cuda")]
+    OnnxRuntimeCuda,
+    /// ONNX Runtime, TensorRT provider with CUDA behind it.
+    #[serde(rename = "onnxruntime-tensorrt")]
+    OnnxRuntimeTensorRt,
+    /// ONNX Runtime, CPU provider.
+    #[serde(rename = "onnxruntime-cpu")]
+    OnnxRuntimeCpu,
+    /// tract.
+    #[serde(rename = "tract-cpu")]
+    TractCpu,
+    /// No model at all: for tests and for measuring what surrounds a model.
+    #[serde(rename = "fake")]
+    Fake,
+}
+
+impl Backend {
+    /// The name as it stands in results.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::OnnxRuntimeCuda => "onnxruntime-cuda",
+            Self::OnnxRuntimeTensorRt => "onnxruntime-tensorrt",
+            Self::OnnxRuntimeCpu => "onnxruntime-cpu",
+            Self::TractCpu => "tract-cpu",
+            Self::Fake => "fake",
+        }
+    }
+}
+
+impl std::fmt::Display for Backend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What was asked for: `embedder.backend`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendChoice {
+    /// The best that works: cuda, then onnxruntime on the CPU, then tract.
+    Auto,
+    /// ONNX Runtime on an NVIDIA GPU.
+    Cuda,
+    /// ONNX Runtime with TensorRT on an NVIDIA GPU.
+    Tensorrt,
+    /// ONNX Runtime on the CPU.
+    Onnxruntime,
+    /// tract, in pure Rust, on the CPU.
+    Tract,
+}
+
+/// How to open a back end: the part of `[embedder]` that concerns it.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// What was asked for.
+    pub choice: BackendChoice,
+    /// GPUs to use, by number; one embedder each.
+    pub devices: Vec<i32>,
+    /// CPU threads of each embedder; 0: all cores, shared among the sessions.
+    pub threads: usize,
+    /// Sessions on the CPU, each with a thread and an embedder of its own.
+    pub sessions: usize,
+    /// Whether a named back end that does not work may be replaced by the next best.
+    pub allow_fallback: bool,
+    /// Where ONNX Runtime's library lies; none: well-known places are searched.
+    pub onnxruntime_library: Option<PathBuf>,
+}
+
+/// No back end could be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The one that was named does not work.
+    #[error(
+        "embedder.backend = {name:?} does not work here: {reason} (embedder.allow_fallback = true would try the next best)"
+    )]
+    Named {
+        /// What was asked for.
+        name: &'static str,
+        /// What is missing.
+        reason: String,
+    },
+    /// None works.
+    #[error("no back end works here: {0}")]
+    None(String),
+}
+
+/// The embedders that were opened, one for each engine thread, and why these.
+pub struct Opened {
+    /// At least one; all of the same back end.
+    pub embedders: Vec<Box<dyn Embedder>>,
+    /// What executes.
+    pub backend: Backend,
+    /// One line: what runs, and why nothing better does.
+    pub reason: String,
+}
+
+/// Opens the back end that was asked for, or the best that works.
+///
+/// TensorRT is taken only by name: it builds its engine for minutes at the first start.
+///
+/// # Errors
+/// [`OpenError`], which names what is missing.
+pub fn open(model: &Model, options: &Options) -> Result<Opened, OpenError> {
+    use BackendChoice::{Auto, Cuda, Onnxruntime, Tensorrt, Tract};
+    let order: &[BackendChoice] = match options.choice {
+        Auto => &[Cuda, Onnxruntime, Tract],
+        Tensorrt if options.allow_fallback => &[Tensorrt, Cuda, Onnxruntime, Tract],
+        Cuda if options.allow_fallback => &[Cuda, Onnxruntime, Tract],
+        Onnxruntime if options.allow_fallback => &[Onnxruntime, Tract],
+        Tensorrt => &[Tensorrt],
+        Cuda => &[Cuda],
+        Onnxruntime => &[Onnxruntime],
+        Tract => &[Tract],
+    };
+    let mut failed: Vec<(&'static str, String)> = Vec::new();
+    for choice in order {
+        match open_one(model, options, *choice) {
+            Ok((embedders, detail)) if !embedders.is_empty() => {
+                let backend = embedders[0].backend();
+                let mut reason = format!("{backend}: {detail}");
+                for (name, why) in &failed {
+                    reason.push_str(&format!("; {name} does not work: {why}"));
+                }
+                return Ok(Opened { embedders, backend, reason });
+            }
+            Ok(_) => failed.push((name(*choice), "embedder.devices is empty".to_owned())),
+            Err(reason) => failed.push((name(*choice), reason)),
+        }
+    }
+    match failed.pop() {
+        Some((name, reason)) if order.len() == 1 => Err(OpenError::Named { name, reason }),
+        last => Err(OpenError::None(
+            failed
+                .into_iter()
+                .chain(last)
+                .map(|(n, r)| format!("{n}: {r}"))
+                .collect::<Vec<_>>()
+                .join("; "),
+        )),
+    }
+}
+
+fn name(choice: BackendChoice) -> &'static str {
+    match choice {
+        BackendChoice::Auto => "auto",
+        BackendChoice::Cuda => "cuda",
+        BackendChoice::Tensorrt => "tensorrt",
+        BackendChoice::Onnxruntime => "onnxruntime",
+        BackendChoice::Tract => "tract",
+    }
+}
+
+type OpenedOne = (Vec<Box<dyn Embedder>>, String);
+
+fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<OpenedOne, String> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if choice == BackendChoice::Tract || choice == BackendChoice::Auto {
+        let threads = if options.threads == 0 { cores } else { options.threads };
+        let embedder = tract::TractEmbedder::new(model, threads)?;
+        return Ok((vec![Box::new(embedder)], format!("{threads} threads, one image each")));
+    }
+    let runtime = onnxruntime::Runtime::find(options.onnxruntime_library.as_deref())?;
+    let mut embedders: Vec<Box<dyn Embedder>> = Vec::new();
+    let detail = match choice {
+        BackendChoice::Onnxruntime => {
+            let sessions = options.sessions.max(1);
+            let threads =
+                if options.threads == 0 { (cores / sessions).max(1) } else { options.threads };
+            for _ in 0..sessions {
+                let session = runtime.session(model, onnxruntime::Provider::Cpu, threads)?;
+                embedders.push(Box::new(session));
+            }
+            format!("{sessions} session(s) of {threads} thread(s)")
+        }
+        _ => {
+            for device in &options.devices {
+                let provider = match choice {
+                    BackendChoice::Tensorrt => onnxruntime::Provider::TensorRt(*device),
+                    _ => onnxruntime::Provider::Cuda(*device),
+                };
+                embedders.push(Box::new(runtime.session(model, provider, 1)?));
+            }
+            format!("device(s) {:?}", options.devices)
+        }
+    };
+    Ok((embedders, format!("{detail}, library {}", runtime.library().display())))
+}
+
+/// Runs `run` over a batch in pieces of exactly `fixed` images, the last one padded with black
+/// images whose embeddings are dropped. With no fixed batch the whole goes through at once.
+pub(crate) fn in_fixed_batches(
+    pixels: ArrayView4<'_, u8>,
+    fixed: Option<usize>,
+    dim: usize,
+    mut run: impl FnMut(ArrayView4<'_, u8>) -> Result<Array2<f32>, EmbedError>,
+) -> Result<Array2<f32>, EmbedError> {
+    use ndarray::{Axis, s};
+    let Some(size) = fixed else { return run(pixels) };
+    let (images, height, width, channels) = pixels.dim();
+    let mut embeddings = Array2::zeros((images, dim));
+    for (chunk, mut rows) in
+        pixels.axis_chunks_iter(Axis(0), size).zip(embeddings.axis_chunks_iter_mut(Axis(0), size))
+    {
+        let count = chunk.len_of(Axis(0));
+        let output = if count == size {
+            run(chunk)?
+        } else {
+            let mut padded = ndarray::Array4::zeros((size, height, width, channels));
+            padded.slice_mut(s![..count, .., .., ..]).assign(&chunk);
+            run(padded.view())?
+        };
+        rows.assign(&output.slice(s![..count, ..]));
+    }
+    Ok(embeddings)
+}
+
+/// What a graph gave, as [images, dim].
+pub(crate) fn embeddings(
+    values: &[f32],
+    images: usize,
+    dim: usize,
+) -> Result<Array2<f32>, EmbedError> {
+    Array2::from_shape_vec((images, dim), values.to_vec()).map_err(|_| {
+        EmbedError::Broken(format!(
+            "the graph gave {} values for {images} image(s), but model.toml says output.dim = {dim}",
+            values.len()
+        ))
+    })
+}

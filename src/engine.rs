@@ -1,0 +1,261 @@
+//! The engine: one image in, its best classes out; batches form inside, across jobs.
+//!
+//! [`Engine::submit`] puts an image into a bounded queue. One task, the [`batcher`], collects
+//! images and closes batches by policy. Each embedder is owned by an OS thread, the [`executor`],
+//! which embeds a batch, scores it and answers. The channel between them holds one batch: that is
+//! the prefetch, and all of it.
+
+pub mod batcher;
+pub mod executor;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::classes::ClassVectors;
+use crate::embed::{Backend, Embedder};
+use crate::error::{FatalError, ImageError, ImageErrorCode};
+use crate::preprocess::Pixels;
+use crate::score::ClassScore;
+use batcher::{BatchPolicy, CloseReason};
+
+/// What is wanted of one image.
+#[derive(Debug, Clone)]
+pub struct Want {
+    /// The class vectors to score against; none: only the embedding is wanted.
+    pub classes: Option<Arc<ClassVectors>>,
+    /// How many of the best classes are listed.
+    pub top_k: usize,
+    /// Whether the normalised embedding comes back.
+    pub embedding: bool,
+}
+
+/// What came of one image.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scored {
+    /// The best classes, best first; empty if no classes were given.
+    pub top: Vec<ClassScore>,
+    /// The normalised embedding, if wanted.
+    pub embedding: Option<Vec<f32>>,
+}
+
+/// Why an image has no score.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum SubmitError {
+    /// This image failed.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The engine is gone: nothing can be said of the image.
+    #[error("the engine stopped")]
+    Gone,
+}
+
+/// An image that waits for its batch.
+pub(crate) struct Item {
+    pixels: Pixels,
+    want: Want,
+    reply: oneshot::Sender<Result<Scored, SubmitError>>,
+}
+
+/// Images that go through the model together.
+pub(crate) struct Batch {
+    items: Vec<Item>,
+}
+
+/// Counts since the start.
+#[derive(Debug, Default)]
+pub struct EngineStats {
+    images: AtomicU64,
+    full: AtomicU64,
+    linger: AtomicU64,
+    drain: AtomicU64,
+    embed_nanos: AtomicU64,
+}
+
+impl EngineStats {
+    fn closed(&self, reason: CloseReason, images: usize) {
+        self.images.fetch_add(images as u64, Ordering::Relaxed);
+        let counter = match reason {
+            CloseReason::Full => &self.full,
+            CloseReason::Linger => &self.linger,
+            CloseReason::Drain => &self.drain,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Batches that closed for this reason.
+    pub fn batches(&self, reason: CloseReason) -> u64 {
+        match reason {
+            CloseReason::Full => self.full.load(Ordering::Relaxed),
+            CloseReason::Linger => self.linger.load(Ordering::Relaxed),
+            CloseReason::Drain => self.drain.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Images that were put into a batch.
+    pub fn images(&self) -> u64 {
+        self.images.load(Ordering::Relaxed)
+    }
+
+    /// Time that the embedders worked, all threads together.
+    pub fn embedding(&self) -> Duration {
+        Duration::from_nanos(self.embed_nanos.load(Ordering::Relaxed))
+    }
+}
+
+/// Runs the model. Clones share it.
+#[derive(Clone)]
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    items: mpsc::Sender<Item>,
+    draining: watch::Sender<bool>,
+    broken: watch::Receiver<Option<String>>,
+    closed: CancellationToken,
+    threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
+    stats: Arc<EngineStats>,
+    backend: Backend,
+    /// [H, W] of an image.
+    size: (u32, u32),
+}
+
+impl Engine {
+    /// Warms the embedders and starts their threads and the batcher; must be called inside a
+    /// tokio runtime.
+    ///
+    /// * `size`: width and height of the pixels that will be submitted.
+    ///
+    /// # Errors
+    /// [`FatalError::Engine`] if there is no embedder, one fails on a black image, or a thread
+    /// cannot be started.
+    pub fn start(
+        embedders: Vec<Box<dyn Embedder>>,
+        policy: BatchPolicy,
+        (width, height): (u32, u32),
+    ) -> Result<Self, FatalError> {
+        let fatal = |e: String| FatalError::Engine(e);
+        let backend = embedders
+            .first()
+            .map(|e| e.backend())
+            .ok_or_else(|| fatal("there is no embedder".to_owned()))?;
+        // A queue of one batch in front of the batcher: what waits beyond that waits in `submit`.
+        let (items, queued) = mpsc::channel(policy.max_batch);
+        let (batches, ready) = mpsc::channel(1);
+        let (draining, drain_seen) = watch::channel(false);
+        let (in_flight, in_flight_seen) = watch::channel(0);
+        let (break_it, broken) = watch::channel(None);
+        let closed = CancellationToken::new();
+        let stats = Arc::new(EngineStats::default());
+        let shared = executor::Shared {
+            batches: Arc::new(Mutex::new(ready)),
+            in_flight: in_flight.clone(),
+            broken: Arc::new(break_it),
+            stats: Arc::clone(&stats),
+        };
+        let lanes = embedders.len();
+        let threads = embedders
+            .into_iter()
+            .enumerate()
+            .map(|(lane, embedder)| {
+                executor::spawn(lane, embedder, (width, height), shared.clone())
+            })
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(fatal)?;
+        tokio::spawn(
+            batcher::Batcher {
+                policy,
+                lanes,
+                items: queued,
+                batches,
+                in_flight,
+                in_flight_seen,
+                draining: drain_seen,
+                closed: closed.clone(),
+                stats: Arc::clone(&stats),
+            }
+            .run(),
+        );
+        Ok(Self {
+            inner: Arc::new(Inner {
+                items,
+                draining,
+                broken,
+                closed,
+                threads: Mutex::new(threads),
+                stats,
+                backend,
+                size: (width, height),
+            }),
+        })
+    }
+
+    /// Embeds and scores one image, in a batch with whatever else is there.
+    ///
+    /// # Errors
+    /// [`SubmitError::Image`] for this image's own failure, [`SubmitError::Gone`] if the engine
+    /// broke or was closed.
+    pub async fn submit(&self, pixels: Pixels, want: Want) -> Result<Scored, SubmitError> {
+        let (width, height) = self.inner.size;
+        if (pixels.width, pixels.height) != (width, height) {
+            return Err(SubmitError::Image(ImageError::new(
+                ImageErrorCode::Internal,
+                format!(
+                    "pixels of {} × {} were submitted to a model of {width} × {height}",
+                    pixels.width, pixels.height
+                ),
+            )));
+        }
+        let (reply, answer) = oneshot::channel();
+        let item = Item { pixels, want, reply };
+        self.inner.items.send(item).await.map_err(|_| SubmitError::Gone)?;
+        answer.await.map_err(|_| SubmitError::Gone)?
+    }
+
+    /// No more images will come than are on their way: batches close without lingering.
+    pub fn drain(&self) {
+        self.inner.draining.send_replace(true);
+    }
+
+    /// Returns once the engine is broken for good, with the reason; else never.
+    pub async fn broken(&self) -> FatalError {
+        let mut broken = self.inner.broken.clone();
+        match broken.wait_for(Option::is_some).await {
+            Ok(reason) => FatalError::Engine(reason.clone().unwrap_or_default()),
+            Err(_) => FatalError::Engine("its threads are gone".to_owned()),
+        }
+    }
+
+    /// What executes.
+    pub fn backend(&self) -> Backend {
+        self.inner.backend
+    }
+
+    /// Counts since the start.
+    pub fn stats(&self) -> &EngineStats {
+        &self.inner.stats
+    }
+
+    /// Ends the threads and waits for them, so that the back end is torn down before the process
+    /// is. Images that still wait are answered with [`SubmitError::Gone`].
+    pub async fn close(&self) {
+        self.inner.closed.cancel();
+        let threads = {
+            let mut threads =
+                self.inner.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            std::mem::take(&mut *threads)
+        };
+        let joined = tokio::task::spawn_blocking(move || {
+            for thread in threads {
+                // A thread that panicked has said so; there is nothing left to do here.
+                let _ = thread.join();
+            }
+        });
+        // A back end that hangs must not keep the process from ending.
+        let _ = tokio::time::timeout(Duration::from_secs(10), joined).await;
+    }
+}

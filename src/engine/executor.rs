@@ -1,0 +1,176 @@
+//! The thread that owns an embedder: takes a batch, embeds it, scores it, answers.
+//!
+//! One bad image hurts only itself: a batch that fails, or panics, is halved until the guilty
+//! image is alone, and only that one is answered with an error.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use ndarray::{Array2, ArrayView4, Axis};
+use tokio::sync::{mpsc, watch};
+
+use super::{Batch, EngineStats, Item, Scored, SubmitError};
+use crate::classes::ClassVectors;
+use crate::embed::{EmbedError, Embedder};
+use crate::error::{ImageError, ImageErrorCode};
+use crate::score::{ClassScore, normalise};
+
+/// What the threads share.
+#[derive(Clone)]
+pub(super) struct Shared {
+    /// The thread that waits holds the lock; the others queue behind it.
+    pub batches: Arc<Mutex<mpsc::Receiver<Batch>>>,
+    pub in_flight: watch::Sender<usize>,
+    pub broken: Arc<watch::Sender<Option<String>>>,
+    pub stats: Arc<EngineStats>,
+}
+
+/// Warms the embedder on its own thread and starts taking batches.
+pub(super) fn spawn(
+    lane: usize,
+    embedder: Box<dyn Embedder>,
+    size: (u32, u32),
+    shared: Shared,
+) -> Result<std::thread::JoinHandle<()>, String> {
+    let (warmed, warm) = std::sync::mpsc::sync_channel(1);
+    let thread = std::thread::Builder::new()
+        .name(format!("angler-embed-{lane}"))
+        .spawn(move || {
+            let mut executor = Executor { embedder, size, pixels: Vec::new(), shared };
+            let result = executor.warm();
+            let ready = result.is_ok();
+            // Nobody waits any more only if the start was given up.
+            if warmed.send(result).is_ok() && ready {
+                executor.run();
+            }
+        })
+        .map_err(|e| format!("the thread for the model cannot be started: {e}"))?;
+    warm.recv().map_err(|_| "the back end panicked on a black image".to_owned())??;
+    Ok(thread)
+}
+
+struct Executor {
+    embedder: Box<dyn Embedder>,
+    size: (u32, u32),
+    /// The batch's pixels, [N, H, W, 3], allocated once.
+    pixels: Vec<u8>,
+    shared: Shared,
+}
+
+impl Executor {
+    fn warm(&mut self) -> Result<(), String> {
+        self.pixels = vec![0; self.size.0 as usize * self.size.1 as usize * 3];
+        self.embed(1).map(|_| ()).map_err(|e| format!("the model fails on a black image: {e}"))
+    }
+
+    fn run(mut self) {
+        loop {
+            let next = {
+                let mut batches =
+                    self.shared.batches.lock().unwrap_or_else(PoisonError::into_inner);
+                batches.blocking_recv()
+            };
+            let Some(batch) = next else { return };
+            let outcome = self.batch(batch.items);
+            self.shared.in_flight.send_modify(|count| *count = count.saturating_sub(1));
+            if let Err(reason) = outcome {
+                self.shared.broken.send_replace(Some(reason));
+                return;
+            }
+        }
+    }
+
+    /// Embeds, scores and answers; `Err` if the back end is broken for good. Items that are
+    /// dropped unanswered are seen as [`SubmitError::Gone`].
+    fn batch(&mut self, items: Vec<Item>) -> Result<(), String> {
+        self.pixels.clear();
+        for item in &items {
+            self.pixels.extend_from_slice(&item.pixels.data);
+        }
+        match self.embed(items.len()) {
+            Ok(embeddings) => {
+                answer(items, embeddings);
+                Ok(())
+            }
+            Err(EmbedError::Broken(reason)) => Err(reason),
+            Err(EmbedError::Batch(reason)) => self.bisect(items, &reason),
+        }
+    }
+
+    fn bisect(&mut self, mut items: Vec<Item>, reason: &str) -> Result<(), String> {
+        if items.len() > 1 {
+            tracing::debug!(images = items.len(), reason, "a batch failed and is halved");
+            let rest = items.split_off(items.len() / 2);
+            self.batch(items)?;
+            return self.batch(rest);
+        }
+        for item in items {
+            let message = format!("the model failed on this image: {reason}");
+            let error = ImageError::new(ImageErrorCode::Internal, message);
+            // The image's task may be gone, its job timed out or lost.
+            let _ = item.reply.send(Err(SubmitError::Image(error)));
+        }
+        Ok(())
+    }
+
+    /// Embeds the first `images` of `self.pixels`. A panic in the back end is an error of the
+    /// batch.
+    fn embed(&mut self, images: usize) -> Result<Array2<f32>, EmbedError> {
+        let (width, height) = (self.size.0 as usize, self.size.1 as usize);
+        let view = ArrayView4::from_shape((images, height, width, 3), &self.pixels)
+            .map_err(|e| EmbedError::Batch(format!("pixels do not fit the batch: {e}")))?;
+        let started = Instant::now();
+        let embedder = &mut self.embedder;
+        let embeddings = catch_unwind(AssertUnwindSafe(|| embedder.embed(view)))
+            .unwrap_or_else(|_| Err(EmbedError::Batch("the back end panicked".to_owned())));
+        let nanos = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.shared.stats.embed_nanos.fetch_add(nanos, Ordering::Relaxed);
+        embeddings
+    }
+}
+
+/// Scores the batch, once for each version of class vectors in it, and answers each image.
+fn answer(items: Vec<Item>, mut embeddings: Array2<f32>) {
+    let directed: Vec<bool> = embeddings.rows_mut().into_iter().map(normalise).collect();
+    let mut tops = score(&items, &embeddings);
+    for (index, item) in items.into_iter().enumerate() {
+        let scored = if directed[index] {
+            Ok(Scored {
+                top: std::mem::take(&mut tops[index]),
+                embedding: item.want.embedding.then(|| embeddings.row(index).to_vec()),
+            })
+        } else {
+            let message = "the model's embedding of this image is zero or not finite";
+            Err(SubmitError::Image(ImageError::new(ImageErrorCode::Internal, message)))
+        };
+        let _ = item.reply.send(scored); // The image's task may be gone.
+    }
+}
+
+fn score(items: &[Item], embeddings: &Array2<f32>) -> Vec<Vec<ClassScore>> {
+    let mut tops = vec![Vec::new(); items.len()];
+    let mut versions: Vec<(&Arc<ClassVectors>, Vec<usize>)> = Vec::new();
+    for (index, item) in items.iter().enumerate() {
+        let Some(classes) = &item.want.classes else { continue };
+        match versions.iter_mut().find(|(known, _)| Arc::ptr_eq(known, classes)) {
+            Some((_, members)) => members.push(index),
+            None => versions.push((classes, vec![index])),
+        }
+    }
+    for (classes, members) in versions {
+        // Images of one version want different numbers of classes; the largest serves all.
+        let top_k = members.iter().map(|&i| items[i].want.top_k).max().unwrap_or(1);
+        let scores = if members.len() == items.len() {
+            classes.score(embeddings.view(), top_k)
+        } else {
+            classes.score(embeddings.select(Axis(0), &members).view(), top_k)
+        };
+        for (&index, mut top) in members.iter().zip(scores) {
+            top.truncate(items[index].want.top_k);
+            tops[index] = top;
+        }
+    }
+    tops
+}

@@ -1,0 +1,134 @@
+//! One image's way: fetch, decode, submit. [`crate::worker`] walks it for every image of a job,
+//! [`crate::classes::build`] for every reference image.
+//!
+//! Fetching is async; decoding runs on blocking threads, as many as there are cores; the rest is
+//! the engine's. Each step runs against one deadline, the image's.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout_at};
+
+use crate::engine::{Engine, Scored, SubmitError, Want};
+use crate::error::{ImageError, ImageErrorCode};
+use crate::preprocess::{PixelLimits, PixelSpec, Pixels, preprocess};
+use crate::store::{ByteBudget, Fetched, ImageStore};
+
+/// What one image may use, and all together: the part of `[limits]` that concerns images.
+#[derive(Debug, Clone)]
+pub struct ImageLimits {
+    /// The largest object, in bytes.
+    pub image_bytes: u32,
+    /// The most pixels that an image may declare.
+    pub image_pixels: u64,
+    /// Images admitted at once, over all jobs.
+    pub images_in_flight: usize,
+    /// Encoded bytes in memory at once.
+    pub bytes_in_flight: usize,
+    /// The time of one image, from its admission to its score.
+    pub image_time: Duration,
+    /// Images decoded at once.
+    pub decoders: usize,
+}
+
+/// The steps that every image goes through.
+pub struct Pipeline {
+    store: Arc<dyn ImageStore>,
+    engine: Engine,
+    spec: PixelSpec,
+    pixel_limits: PixelLimits,
+    image_time: Duration,
+    budget: ByteBudget,
+    slots: Arc<Semaphore>,
+    decoders: Arc<Semaphore>,
+}
+
+impl Pipeline {
+    /// Images from `store`, made into pixels by `spec`, through `engine`.
+    pub fn new(
+        store: Arc<dyn ImageStore>,
+        engine: Engine,
+        spec: PixelSpec,
+        limits: &ImageLimits,
+    ) -> Self {
+        Self {
+            store,
+            engine,
+            spec,
+            pixel_limits: PixelLimits { max_pixels: limits.image_pixels },
+            image_time: limits.image_time,
+            budget: ByteBudget::new(limits.bytes_in_flight, limits.image_bytes),
+            slots: Arc::new(Semaphore::new(limits.images_in_flight.max(1))),
+            decoders: Arc::new(Semaphore::new(limits.decoders.max(1))),
+        }
+    }
+
+    /// The engine behind it.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// Waits for a place among the images in flight.
+    pub async fn slot(&self) -> OwnedSemaphorePermit {
+        match Arc::clone(&self.slots).acquire_owned().await {
+            Ok(slot) => slot,
+            // The semaphore is never closed.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Fetches, decodes, embeds and scores one image; `slot` is held until it is done.
+    ///
+    /// # Errors
+    /// [`SubmitError::Image`] with one of the closed set of codes, [`SubmitError::Gone`] if the
+    /// engine is gone.
+    pub async fn image(
+        &self,
+        uri: &str,
+        want: Want,
+        slot: OwnedSemaphorePermit,
+    ) -> Result<Scored, SubmitError> {
+        let _slot = slot;
+        let deadline = Instant::now() + self.image_time;
+        let fetched =
+            self.within(deadline, "fetched", self.store.fetch(uri, &self.budget)).await??;
+        let pixels = self.within(deadline, "decoded", self.decode(fetched)).await??;
+        self.within(deadline, "classified", self.engine.submit(pixels, want)).await?
+    }
+
+    /// A panic in a decoder is this image's error; the permit and the bytes go with the thread, so
+    /// a decoder that outlives the image's deadline still counts.
+    async fn decode(&self, fetched: Fetched) -> Result<Pixels, ImageError> {
+        let internal = |message: &str| ImageError::new(ImageErrorCode::Internal, message);
+        let decoder = Arc::clone(&self.decoders)
+            .acquire_owned()
+            .await
+            .map_err(|_| internal("the decoders were closed"))?;
+        let (spec, limits) = (self.spec.clone(), self.pixel_limits);
+        tokio::task::spawn_blocking(move || {
+            let _decoder = decoder;
+            preprocess(&fetched.bytes, &spec, limits)
+        })
+        .await
+        .unwrap_or_else(|_| Err(internal("the decoder panicked on this image")))
+    }
+
+    async fn within<T>(
+        &self,
+        deadline: Instant,
+        step: &str,
+        work: impl Future<Output = T>,
+    ) -> Result<T, ImageError> {
+        timeout_at(deadline, work).await.map_err(|_| {
+            ImageError::new(
+                ImageErrorCode::Timeout,
+                format!(
+                    "not {step} within {} s (limits.image_seconds)",
+                    self.image_time.as_secs_f64()
+                ),
+            )
+        })
+    }
+}

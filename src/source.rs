@@ -1,0 +1,93 @@
+//! Where jobs come from: the port [`JobSource`], and the deliveries that it hands out.
+
+pub mod amqp;
+pub mod folder;
+pub mod memory;
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Failure, FatalError};
+use crate::job::Job;
+
+/// Hands out jobs one at a time.
+#[async_trait]
+pub trait JobSource: Send {
+    /// The next delivery; none when there will be no more (a folder that was read to its end).
+    ///
+    /// Cancel-safe: a call that is dropped loses no delivery.
+    ///
+    /// # Errors
+    /// Only when the source is gone for good; what can come back is waited for inside.
+    async fn receive(&mut self) -> Result<Option<Delivery>, FatalError>;
+
+    /// Hands out no more. What was handed out can still be settled; what was only prefetched goes
+    /// back.
+    async fn stop(&mut self);
+
+    /// Ends the source once everything that was handed out is settled or given up.
+    async fn close(&mut self);
+}
+
+/// One job on its way through the worker, and the duty to settle it exactly once.
+pub struct Delivery {
+    /// The job, or why the message is none.
+    pub job: Result<Job, Malformed>,
+    /// Which attempt this is, from 1.
+    pub attempt: u32,
+    /// Where the result goes, if the job said so.
+    pub reply: Reply,
+    /// Settles the delivery. A delivery that is dropped unsettled comes back.
+    pub settle: Box<dyn Settle>,
+    /// Cancelled when the delivery can no longer be settled, because its connection is gone: it
+    /// comes back to some worker, and work on it here is wasted.
+    pub lost: CancellationToken,
+}
+
+/// A message that is not a job.
+#[derive(Debug, Clone)]
+pub struct Malformed {
+    /// The id under which its result is published.
+    pub id: String,
+    /// What is wrong with it.
+    pub failure: Failure,
+}
+
+/// Where a result goes and how its reader recognises it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reply {
+    /// A queue of the producer's own; none: the results queue.
+    pub to: Option<String>,
+    /// The producer's own correlation id; none: the job id.
+    pub correlation_id: Option<String>,
+    /// W3C trace context, echoed.
+    pub traceparent: Option<String>,
+}
+
+/// What becomes of a delivery.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Settlement {
+    /// Its result is confirmed: it is done with.
+    Ack,
+    /// It goes to the retry queue of this delay, as the next attempt.
+    Retry {
+        /// How long it waits.
+        delay: Duration,
+        /// Why.
+        error: String,
+    },
+    /// Its result is confirmed and it is kept for a person to look at.
+    DeadLetter(Failure),
+    /// It goes back as it came, for any worker.
+    Requeue,
+}
+
+/// Settles one delivery.
+#[async_trait]
+pub trait Settle: Send + Sync {
+    /// Settles it. A delivery whose connection is gone cannot be settled and comes back: that is
+    /// not an error here, since the worker can do nothing about it.
+    async fn settle(self: Box<Self>, settlement: Settlement);
+}

@@ -1,0 +1,158 @@
+//! A queue in memory that behaves as a broker does: what is not settled is delivered again.
+//!
+//! For tests: of the worker, and of every real source against the same rules.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use super::{Delivery, JobSource, Malformed, Reply, Settle, Settlement};
+use crate::error::FatalError;
+use crate::job::{Job, JobLimits, id_of_malformed};
+
+/// A shared queue; clones see the same messages.
+#[derive(Clone, Default)]
+pub struct MemoryQueue {
+    state: Arc<Mutex<State>>,
+    changed: Arc<Notify>,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: VecDeque<Message>,
+    unsettled: usize,
+    settled: Vec<(Vec<u8>, Settlement)>,
+    ended: bool,
+}
+
+#[derive(Debug, Clone)]
+struct Message {
+    body: Vec<u8>,
+    attempt: u32,
+}
+
+impl MemoryQueue {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a message at the end.
+    pub fn push(&self, body: impl Into<Vec<u8>>) {
+        self.state().waiting.push_back(Message { body: body.into(), attempt: 1 });
+        self.changed.notify_waiters();
+    }
+
+    /// No more messages will be pushed: a source ends once all are settled.
+    pub fn end(&self) {
+        self.state().ended = true;
+        self.changed.notify_waiters();
+    }
+
+    /// How deliveries were settled so far, with the message of each.
+    pub fn settled(&self) -> Vec<(Vec<u8>, Settlement)> {
+        self.state().settled.clone()
+    }
+
+    /// Messages that wait or are delivered and unsettled.
+    pub fn depth(&self) -> (usize, usize) {
+        let state = self.state();
+        (state.waiting.len(), state.unsettled)
+    }
+
+    /// A consumer of this queue.
+    pub fn source(&self, limits: JobLimits) -> MemorySource {
+        MemorySource { queue: self.clone(), limits, stopped: false }
+    }
+}
+
+/// One consumer of a [`MemoryQueue`].
+pub struct MemorySource {
+    queue: MemoryQueue,
+    limits: JobLimits,
+    stopped: bool,
+}
+
+#[async_trait]
+impl JobSource for MemorySource {
+    async fn receive(&mut self) -> Result<Option<Delivery>, FatalError> {
+        loop {
+            let changed = self.queue.changed.notified();
+            tokio::pin!(changed);
+            // Registered before the look, so that a push in between is not missed.
+            changed.as_mut().enable();
+            {
+                let mut state = self.queue.state();
+                if self.stopped || (state.ended && state.waiting.is_empty() && state.unsettled == 0)
+                {
+                    return Ok(None);
+                }
+                if let Some(message) = state.waiting.pop_front() {
+                    state.unsettled += 1;
+                    return Ok(Some(self.delivery(message)));
+                }
+            }
+            changed.await;
+        }
+    }
+
+    async fn stop(&mut self) {
+        self.stopped = true;
+    }
+
+    async fn close(&mut self) {}
+}
+
+impl MemorySource {
+    fn delivery(&self, message: Message) -> Delivery {
+        let job = Job::parse(&message.body, None, self.limits)
+            .map_err(|failure| Malformed { id: id_of_malformed(&message.body, None), failure });
+        Delivery {
+            job,
+            attempt: message.attempt,
+            reply: Reply::default(),
+            lost: CancellationToken::new(),
+            settle: Box::new(MemorySettle { queue: self.queue.clone(), message: Some(message) }),
+        }
+    }
+}
+
+struct MemorySettle {
+    queue: MemoryQueue,
+    message: Option<Message>,
+}
+
+#[async_trait]
+impl Settle for MemorySettle {
+    async fn settle(mut self: Box<Self>, settlement: Settlement) {
+        let Some(mut message) = self.message.take() else { return };
+        let mut state = self.queue.state();
+        state.unsettled -= 1;
+        state.settled.push((message.body.clone(), settlement.clone()));
+        match settlement {
+            Settlement::Ack | Settlement::DeadLetter(_) => {}
+            Settlement::Requeue => state.waiting.push_front(message),
+            Settlement::Retry { .. } => {
+                message.attempt += 1;
+                state.waiting.push_back(message);
+            }
+        }
+        drop(state);
+        self.queue.changed.notify_waiters();
+    }
+}
+
+impl Drop for MemorySettle {
+    /// Dropped unsettled, as when a worker dies: delivered again, to the front.
+    fn drop(&mut self) {
+        if let Some(message) = self.message.take() {
+            let mut state = self.queue.state();
+            state.unsettled -= 1;
+            state.waiting.push_front(message);
+            drop(state);
+            self.queue.changed.notify_waiters();
+        }
+    }
+}

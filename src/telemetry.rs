@@ -1,0 +1,31 @@
+//! Logs, on standard error: text for people, JSON for machines.
+
+use std::io::IsTerminal;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{LogFormat, LogSettings};
+
+/// Libraries that say more than an operator wants to know, unless a filter names them.
+const QUIET: &str = "ort=warn,lapin=error,tract_core=error,tract_onnx=error,tract_linalg=error,tract_hir=error,aws_config=warn,aws_smithy_runtime=warn,hyper_util=warn,hyper=warn,rustls=warn";
+
+/// Starts logging; `log.level` is a level or a filter.
+///
+/// # Errors
+/// A sentence if the filter cannot be read.
+pub fn start(settings: &LogSettings) -> Result<(), String> {
+    let directives = format!("{QUIET},{}", settings.level);
+    let filter = EnvFilter::try_new(directives)
+        .map_err(|e| format!("log.level = {:?}: {e}", settings.level))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let started = match settings.format {
+        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Text => builder
+            .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+            .with_target(false)
+            .try_init(),
+    };
+    // A second start in one process (tests) keeps the first.
+    let _ = started;
+    Ok(())
+}

@@ -1,0 +1,400 @@
+//! The data path: receive a job, admit it image by image, fetch, decode, embed and score each,
+//! collect, publish the result, settle the delivery.
+//!
+//! `angler classify` and `angler worker` run this same [`Worker`]; only the ports differ.
+//!
+//! * **Admission is by image and in job order, before the next receive.** A permit a job would let
+//!   all admitted jobs interleave, and none would end soon. There is a limit on jobs too: finished
+//!   jobs that wait for a slow sink hold no image permits.
+//! * **Ack last.** A delivery is settled only after its result is confirmed.
+//! * **One version a job**: chosen at admission, kept to the end.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::classes::catalog::Catalog;
+use crate::classes::{ClassVectors, ClassesError};
+use crate::embed::Backend;
+use crate::engine::{Scored, SubmitError, Want};
+use crate::error::{Failure, FailureCode, FatalError, ImageError, ImageErrorCode, JobError};
+use crate::job::{
+    Classified, ImageEntry, ImageRef, Job, JobResult, LabelScore, Outcome, Provenance, Verdict,
+    encode_embedding,
+};
+use crate::pipeline::Pipeline;
+use crate::retry::RetrySchedule;
+use crate::sink::ResultSink;
+use crate::source::{Delivery, JobSource, Settlement};
+
+/// What a worker is told, beside its ports.
+#[derive(Debug, Clone)]
+pub struct WorkerOptions {
+    /// Its name in results.
+    pub name: String,
+    /// Fingerprint of the model that runs.
+    pub model: String,
+    /// Jobs admitted and not settled, at most.
+    pub jobs_in_flight: usize,
+    /// The time of one job, from admission to its last image.
+    pub job_time: Duration,
+    /// How long a drain may take.
+    pub grace: Duration,
+    /// When failed jobs are tried again.
+    pub retry: RetrySchedule,
+}
+
+/// Takes jobs from a source, classifies their images and hands results to a sink.
+pub struct Worker {
+    source: Box<dyn JobSource>,
+    core: Arc<Core>,
+}
+
+/// What every job's task shares.
+struct Core {
+    sink: Arc<dyn ResultSink>,
+    pipeline: Arc<Pipeline>,
+    catalog: Arc<Catalog>,
+    options: WorkerOptions,
+}
+
+impl Worker {
+    /// A worker over these ports.
+    pub fn new(
+        source: Box<dyn JobSource>,
+        sink: Arc<dyn ResultSink>,
+        pipeline: Arc<Pipeline>,
+        catalog: Arc<Catalog>,
+        options: WorkerOptions,
+    ) -> Self {
+        Self { source, core: Arc::new(Core { sink, pipeline, catalog, options }) }
+    }
+
+    /// Works until the source has no more jobs or `stop` is cancelled, then finishes what is
+    /// admitted.
+    ///
+    /// # Errors
+    /// [`FatalError`] if it cannot go on or the drain takes longer than the grace period. What is
+    /// not settled then comes back to another worker.
+    pub async fn run(mut self, stop: CancellationToken) -> Result<(), FatalError> {
+        let mut jobs: JoinSet<Result<(), FatalError>> = JoinSet::new();
+        let slots = Arc::new(Semaphore::new(self.core.options.jobs_in_flight.max(1)));
+        let outcome = self.receive_until_stopped(&stop, &slots, &mut jobs).await;
+        self.source.stop().await;
+        self.core.pipeline.engine().drain();
+        let outcome = match outcome {
+            Ok(()) => self.core.drain(&mut jobs).await,
+            fatal => fatal,
+        };
+        // Jobs that are left are dropped unsettled, before their connection is.
+        jobs.shutdown().await;
+        self.source.close().await;
+        outcome
+    }
+
+    async fn receive_until_stopped(
+        &mut self,
+        stop: &CancellationToken,
+        slots: &Arc<Semaphore>,
+        jobs: &mut JoinSet<Result<(), FatalError>>,
+    ) -> Result<(), FatalError> {
+        let engine = self.core.pipeline.engine().clone();
+        loop {
+            // Capacity before work: a job that cannot be started is left to another worker.
+            let slot = tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                fatal = engine.broken() => return Err(fatal),
+                Some(ended) = jobs.join_next() => { ended_well(ended)?; continue }
+                slot = Arc::clone(slots).acquire_owned() => slot,
+            };
+            let delivery = tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                fatal = engine.broken() => return Err(fatal),
+                Some(ended) = jobs.join_next() => { ended_well(ended)?; continue }
+                delivery = self.source.receive() => match delivery? {
+                    Some(delivery) => delivery,
+                    None => return Ok(()),
+                },
+            };
+            let admitted = self.core.admit(&delivery, stop).await;
+            let core = Arc::clone(&self.core);
+            jobs.spawn(async move {
+                let _slot = slot;
+                core.finish(delivery, admitted).await
+            });
+        }
+    }
+}
+
+/// A job task's own result, or its panic as a fatal error: a job that vanished unsettled would
+/// wait for ever on a healthy connection.
+fn ended_well(
+    ended: Result<Result<(), FatalError>, tokio::task::JoinError>,
+) -> Result<(), FatalError> {
+    ended.unwrap_or_else(|e| Err(FatalError::Engine(format!("a job's task panicked: {e}"))))
+}
+
+/// A job whose images are all on their way.
+struct Admitted {
+    classes: Arc<ClassVectors>,
+    deadline: Instant,
+    /// In the job's order; an image whose handle is dropped is given up.
+    images: Vec<AbortOnDropHandle<Result<Scored, SubmitError>>>,
+}
+
+impl Core {
+    /// Chooses the version and starts every image, each as soon as there is a place for it.
+    async fn admit(
+        &self,
+        delivery: &Delivery,
+        stop: &CancellationToken,
+    ) -> Result<Admitted, JobError> {
+        let job = delivery.job.as_ref().map_err(|malformed| malformed.failure.clone())?;
+        let classes = self.catalog.resolve(&job.classes).await?;
+        let deadline = Instant::now() + self.options.job_time;
+        let mut images = Vec::with_capacity(job.images.len());
+        for ImageRef { uri, .. } in &job.images {
+            let slot = tokio::select! {
+                biased;
+                () = stop.cancelled() => return Err(JobError::Abandoned("the worker is stopping")),
+                () = delivery.lost.cancelled() => return Err(JobError::Abandoned("its connection is gone")),
+                slot = self.pipeline.slot() => slot,
+            };
+            let want = Want {
+                classes: Some(Arc::clone(&classes)),
+                top_k: job.top_k,
+                embedding: job.embeddings,
+            };
+            images.push(self.start_image(uri.clone(), want, slot));
+        }
+        Ok(Admitted { classes, deadline, images })
+    }
+
+    fn start_image(
+        &self,
+        uri: String,
+        want: Want,
+        slot: OwnedSemaphorePermit,
+    ) -> AbortOnDropHandle<Result<Scored, SubmitError>> {
+        let pipeline = Arc::clone(&self.pipeline);
+        let image = async move { pipeline.image(&uri, want, slot).await };
+        AbortOnDropHandle::new(tokio::spawn(image))
+    }
+
+    /// Collects, publishes, settles. A delivery that is lost on the way is let go: it comes back.
+    async fn finish(
+        &self,
+        delivery: Delivery,
+        admitted: Result<Admitted, JobError>,
+    ) -> Result<(), FatalError> {
+        let lost = delivery.lost.clone();
+        tokio::select! {
+            biased;
+            done = self.conclude(delivery, admitted) => done,
+            () = lost.cancelled() => {
+                tracing::info!("a job was let go because its connection is gone; it is delivered again");
+                Ok(())
+            }
+        }
+    }
+
+    async fn conclude(
+        &self,
+        delivery: Delivery,
+        admitted: Result<Admitted, JobError>,
+    ) -> Result<(), FatalError> {
+        let Delivery { job, attempt, reply, settle, .. } = delivery;
+        let outcome = match (&job, admitted) {
+            (Ok(job), Ok(admitted)) => self.collect(job, admitted, attempt).await,
+            (_, Err(error)) => Err(error),
+            (Err(malformed), Ok(_)) => Err(malformed.failure.clone().into()),
+        };
+        let (id, run) = match job {
+            Ok(job) => (job.id, job.run),
+            Err(malformed) => (malformed.id, None),
+        };
+        let (outcome, settlement) = match self.judge(outcome, attempt) {
+            Ok(terminal) => terminal,
+            Err((settlement, reason)) => {
+                tracing::info!(job = id, attempt, ?settlement, "job not finished: {reason}");
+                settle.settle(settlement).await;
+                return Ok(());
+            }
+        };
+        if let Outcome::Failed { error } = &outcome {
+            tracing::warn!(job = id, attempt, code = %error.code, "job failed: {error}");
+        }
+        let finished_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+        let worker = self.options.name.clone();
+        let result = JobResult { id, outcome, run, attempt, worker, finished_at };
+        self.sink.publish(&result, &reply).await?;
+        settle.settle(settlement).await;
+        Ok(())
+    }
+
+    /// Every image's entry, in the job's order.
+    async fn collect(
+        &self,
+        job: &Job,
+        admitted: Admitted,
+        attempt: u32,
+    ) -> Result<Outcome, JobError> {
+        let Admitted { classes, deadline, images } = admitted;
+        let threshold = job.min_score.or(classes.min_score());
+        let mut entries = Vec::with_capacity(images.len());
+        let mut transient = Vec::new();
+        for (image, ImageRef { uri, id }) in images.into_iter().zip(&job.images) {
+            let verdict = match self.image_outcome(image, deadline).await? {
+                Ok(scored) => Verdict::Labelled(label(scored, &classes, threshold)),
+                Err(error) => {
+                    tracing::debug!(job = job.id, uri, code = %error.code, "image failed: {error}");
+                    if error.is_transient() {
+                        transient.push(error.message.clone());
+                    }
+                    Verdict::Failed { error }
+                }
+            };
+            entries.push(ImageEntry { uri: uri.clone(), id: id.clone(), verdict });
+        }
+        // The store may be back later. After the last attempt, what can be said is said, unless
+        // that is nothing at all.
+        if let Some(error) = transient.first() {
+            let again = self.options.retry.delay_after(attempt).is_some();
+            if again || transient.len() == entries.len() {
+                return Err(JobError::Transient(error.clone()));
+            }
+        }
+        let provenance = Provenance {
+            classes: classes.id(),
+            model: self.options.model.clone(),
+            backend: self.backend().as_str().to_owned(),
+        };
+        Ok(Outcome::Done { provenance, images: entries })
+    }
+
+    async fn image_outcome(
+        &self,
+        image: AbortOnDropHandle<Result<Scored, SubmitError>>,
+        deadline: Instant,
+    ) -> Result<Result<Scored, ImageError>, JobError> {
+        match timeout_at(deadline, image).await {
+            Ok(Ok(Ok(scored))) => Ok(Ok(scored)),
+            Ok(Ok(Err(SubmitError::Image(error)))) => Ok(Err(error)),
+            Ok(Ok(Err(SubmitError::Gone))) => {
+                Err(JobError::Abandoned("the back end stopped working"))
+            }
+            Ok(Err(panic)) => Ok(Err(ImageError::new(
+                ImageErrorCode::Internal,
+                format!("the image's task ended early: {panic}"),
+            ))),
+            Err(_) => Ok(Err(ImageError::new(
+                ImageErrorCode::Timeout,
+                format!(
+                    "its job was not finished within {} s (limits.job_seconds)",
+                    self.options.job_time.as_secs_f64()
+                ),
+            ))),
+        }
+    }
+
+    /// What is published and how the delivery settles; or, without a result, how it settles and
+    /// why.
+    fn judge(
+        &self,
+        outcome: Result<Outcome, JobError>,
+        attempt: u32,
+    ) -> Result<(Outcome, Settlement), (Settlement, String)> {
+        let failure = match outcome {
+            Ok(outcome) => return Ok((outcome, Settlement::Ack)),
+            Err(JobError::Abandoned(reason)) => {
+                return Err((Settlement::Requeue, reason.to_owned()));
+            }
+            Err(JobError::Transient(error)) => match self.options.retry.delay_after(attempt) {
+                Some(delay) => {
+                    return Err((Settlement::Retry { delay, error: error.clone() }, error));
+                }
+                None => Failure::new(
+                    FailureCode::RetriesExhausted,
+                    format!("attempt {attempt} was the last: {error}"),
+                ),
+            },
+            Err(JobError::Failed(failure)) => failure,
+        };
+        // The producer has its answer for all of these; what a person must look at is kept too.
+        let settlement = match failure.code {
+            FailureCode::MalformedJob | FailureCode::RetriesExhausted => {
+                Settlement::DeadLetter(failure.clone())
+            }
+            _ => Settlement::Ack,
+        };
+        Ok((Outcome::Failed { error: failure }, settlement))
+    }
+
+    /// Waits for the admitted jobs, at most the grace period.
+    async fn drain(&self, jobs: &mut JoinSet<Result<(), FatalError>>) -> Result<(), FatalError> {
+        let engine = self.pipeline.engine().clone();
+        let grace = self.options.grace;
+        let all = async {
+            loop {
+                tokio::select! {
+                    biased;
+                    fatal = engine.broken() => return Err(fatal),
+                    ended = jobs.join_next() => match ended {
+                        Some(ended) => ended_well(ended)?,
+                        None => return Ok(()),
+                    },
+                }
+            }
+        };
+        match timeout(grace, all).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(FatalError::DrainTimedOut { jobs: jobs.len(), seconds: grace.as_secs() }),
+        }
+    }
+
+    fn backend(&self) -> Backend {
+        self.pipeline.engine().backend()
+    }
+}
+
+/// The image's entry: its best class, unless that is under the threshold.
+fn label(scored: Scored, classes: &ClassVectors, threshold: Option<f32>) -> Classified {
+    let top: Vec<LabelScore> = scored
+        .top
+        .iter()
+        .map(|best| LabelScore {
+            label: classes.labels()[best.class as usize].clone(),
+            score: best.score,
+        })
+        .collect();
+    let score = top.first().map_or(-1.0, |best| best.score);
+    let known = threshold.is_none_or(|threshold| score >= threshold);
+    Classified {
+        label: top.first().filter(|_| known).map(|best| best.label.clone()),
+        score,
+        top,
+        embedding: scored.embedding.as_deref().map(encode_embedding),
+    }
+}
+
+impl From<ClassesError> for JobError {
+    fn from(error: ClassesError) -> Self {
+        let code = match &error {
+            ClassesError::Unavailable(_) => return Self::Transient(error.to_string()),
+            ClassesError::UnknownSet { .. } => FailureCode::UnknownClassSet,
+            // A version that cannot be read is as good as none.
+            ClassesError::UnknownVersion { .. } | ClassesError::Invalid { .. } => {
+                FailureCode::UnknownVersion
+            }
+            ClassesError::ModelMismatch { .. } => FailureCode::ModelMismatch,
+        };
+        Self::Failed(Failure::new(code, error.to_string()))
+    }
+}
