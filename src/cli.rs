@@ -32,7 +32,7 @@ struct Global {
     config: Option<PathBuf>,
     /// One setting, for example amqp.prefetch=4; may be repeated
     #[arg(long, global = true, value_name = "KEY=VALUE", value_parser = key_value)]
-    set: Vec<(String, String)>,
+    setting: Vec<(String, String)>,
     /// Model folder, or "builtin" (model.path)
     #[arg(long, global = true, value_name = "FOLDER")]
     model: Option<String>,
@@ -81,7 +81,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         print!("{}", crate::config::DEFAULTS);
         return Ok(());
     }
-    let Global { config, mut set, model, backend } = cli.global;
+    let Global { config, setting: mut set, model, backend } = cli.global;
     if let Some(model) = model {
         set.push(("model.path".to_owned(), model));
     }

@@ -2,8 +2,9 @@
 //! Pure and synchronous; a call that takes long takes it on the caller's thread.
 //!
 //! 1. `sniff`: the format is told from the content, never from a name.
-//! 2. `container` and `tiff`: what must hold before or beside the decoder, because the decoder does not see to
-//!    it: the declared size of a nested picture, a JPEG that was cut short.
+//! 2. `container` and `tiff`: what must hold of a file before its decoder sees it, because the
+//!    decoder does not see to it: a JPEG that was cut short, a size that only a nested picture
+//!    declares, a list of four thousand million offsets.
 //! 3. `decode`: the declared size is held against the limit before pixel memory is allocated, then
 //!    the file is decoded and brought to 8-bit RGB, transparency over white.
 //! 4. `resize`: only the part that the crop keeps is resized, straight out of the stored picture.
@@ -11,7 +12,7 @@
 //!    at full size would cost as much as resizing it.
 //!
 //! The result follows Pillow (`Image.resize` with its own antialiasing, then a crop), because that
-//! is how the reference embeddings of most models were made.
+//! is how most models saw their pictures in training.
 
 mod container;
 mod decode;

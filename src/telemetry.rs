@@ -7,7 +7,7 @@ use tracing_subscriber::EnvFilter;
 use crate::config::{LogFormat, LogSettings};
 
 /// Libraries that say more than an operator wants to know, unless a filter names them.
-const QUIET: &str = "ort=warn,lapin=error,tract_core=error,tract_onnx=error,tract_linalg=error,tract_hir=error,aws_config=warn,aws_smithy_runtime=warn,hyper_util=warn,hyper=warn,rustls=warn";
+const QUIET: &str = "ort=warn,lapin=off,tract_core=error,tract_onnx=error,tract_linalg=error,tract_hir=error,aws_config=warn,aws_smithy_runtime=warn,hyper_util=warn,hyper=warn,rustls=warn";
 
 /// Starts logging; `log.level` is a level or a filter.
 ///

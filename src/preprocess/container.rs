@@ -4,7 +4,7 @@
 //! * PNG: it reads all metadata as it is made, before its size can be asked.
 //! * BMP: it calls a picture of no or of too many pixels unsupported.
 //! * WebP: a chunk may claim gigabytes of metadata, and the picture inside may be larger than the
-//!   canvas; the decoder allocates both before it compares.
+//!   canvas; the decoder allocates both before it compares. In an animation it does not compare.
 //! * TIFF: see [`tiff`].
 
 use image::ImageFormat;
@@ -107,6 +107,7 @@ fn webp(bytes: &[u8], limits: PixelLimits) -> Result<Checked<'_>, ImageError> {
             b"VP8 " => {
                 lossy_size(body, limits)?;
             }
+            b"VP8L" => lossless_size(body, limits)?,
             b"EXIF" if orientation.is_none() => {
                 // Some writers put JPEG's prefix before the EXIF data.
                 let exif = body.strip_prefix(b"Exif\0\0").unwrap_or(body);
@@ -129,11 +130,14 @@ fn animation_frame(body: &[u8], limits: PixelLimits) -> Result<(), ImageError> {
     let cut = || corrupt("WebP file ends early");
     let (header, chunks) = body.split_first_chunk::<16>().ok_or_else(cut)?;
     let side = |at: usize| 1 + u32::from_le_bytes([header[at], header[at + 1], header[at + 2], 0]);
+    let mut after_alpha = false;
     for chunk in Chunks(chunks) {
         let (name, body) = chunk.ok_or_else(cut)?;
-        if name == b"VP8 " && lossy_size(body, limits)? != (side(6), side(9)) {
+        // The decoder takes whatever comes after the alpha for a lossy picture.
+        if (name == b"VP8 " || after_alpha) && lossy_size(body, limits)? != (side(6), side(9)) {
             return Err(corrupt("WebP file holds a frame of another size than it says"));
         }
+        after_alpha = name == b"ALPH";
     }
     Ok(())
 }
@@ -173,6 +177,14 @@ fn lossy_size(body: &[u8], limits: PixelLimits) -> Result<(u32, u32), ImageError
     };
     check_size(width, height, limits)?;
     Ok((width, height))
+}
+
+/// A lossless WebP picture's own size: 14 bits each, less one, after a signature of one byte. The
+/// decoder takes 16,384 pixels for none.
+fn lossless_size(body: &[u8], limits: PixelLimits) -> Result<(), ImageError> {
+    let sides = body.get(1..).and_then(|b| b.first_chunk());
+    let sides = u32::from_le_bytes(*sides.ok_or_else(|| corrupt("WebP file ends early"))?);
+    check_size(1 + (sides & 0x3fff), 1 + (sides >> 14 & 0x3fff), limits)
 }
 
 #[cfg(test)]
@@ -256,7 +268,8 @@ mod tests {
         for file in [
             riff(&[chunk(b"VP8X", &[0; 10]), huge.clone()]),
             riff(&[chunk(b"ANMF", &frame(std::slice::from_ref(&huge)))]),
-            riff(&[chunk(b"ANMF", &frame(&[alpha, huge]))]),
+            riff(&[chunk(b"ANMF", &frame(&[alpha.clone(), huge]))]),
+            riff(&[chunk(b"ANMF", &frame(&[alpha, chunk(b"????", HUGE)]))]),
         ] {
             assert_eq!(code(webp(&file, LIMITS)), Some(ImageErrorCode::TooLarge));
         }

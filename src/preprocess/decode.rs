@@ -1,4 +1,4 @@
-//! Decodes a file of a known format to 8-bit RGB, within limits.
+//! Decodes a file to 8-bit RGB, within limits.
 
 use std::error::Error as _;
 use std::io::Cursor;
@@ -110,12 +110,13 @@ pub(super) fn check_size(width: u32, height: u32, limits: PixelLimits) -> Result
     Ok(())
 }
 
+/// The refusal of a file that is damaged, cut short or empty of pixels.
 pub(super) fn corrupt(message: impl Into<String>) -> ImageError {
     ImageError::new(ImageErrorCode::CorruptImage, message)
 }
 
 /// The format's name, for people.
-pub(super) fn name(format: ImageFormat) -> &'static str {
+fn name(format: ImageFormat) -> &'static str {
     match format {
         ImageFormat::Jpeg => "JPEG",
         ImageFormat::Png => "PNG",

@@ -15,9 +15,12 @@ mod tag {
     pub const COMPRESSION: u32 = 259;
     pub const SAMPLES: u32 = 277;
     pub const TILE_WIDTH: u32 = 322;
-    /// The lists that the decoder reads: bits, strip offsets and sizes, tile offsets and sizes,
-    /// extra samples, sample formats, chroma subsampling.
-    pub const LISTS: [u32; 8] = [258, 273, 279, 324, 325, 338, 339, 530];
+    /// All that the decoder reads; it makes a list of each tag's values. A colour profile or an
+    /// editor's own data, which may be long, are not among them.
+    pub const READ: [u32; 19] = [
+        256, 257, 258, 259, 262, 273, 274, 277, 278, 279, 284, 317, 322, 323, 324, 325, 338, 339,
+        530,
+    ];
 }
 
 /// JPEG inside TIFF is refused: the embedded file brings a size of its own, which the decoder
@@ -36,7 +39,7 @@ pub(super) fn check(bytes: &[u8], limits: PixelLimits) -> Result<(), ImageError>
     let [mut width, mut height, mut bits, mut samples, mut tile_width] = [0, 0, 1, 1, 0];
     for index in 0..count as usize {
         let entry = file.entry(start + 2 + index * 12).ok_or_else(damaged)?;
-        if tag::LISTS.contains(&entry.tag) && entry.count > MAX_VALUES {
+        if tag::READ.contains(&entry.tag) && entry.count > MAX_VALUES {
             return Err(too_large(format!("{} values for one tag", entry.count)));
         }
         let slot = match entry.tag {

@@ -81,11 +81,12 @@ impl AmqpSource {
 
     async fn open(&self) -> Result<Live, AmqpError> {
         let connection = connect(&self.options, "consume").await?;
-        let lost = CancellationToken::new();
-        let watch = watch(&connection, lost.clone());
         for mismatch in self.topology.declare(&connection).await? {
             tracing::warn!("{mismatch}");
         }
+        // From here on, since a refused declaration is an error of the connection's too.
+        let lost = CancellationToken::new();
+        let watch = watch(&connection, lost.clone());
         let channel = connection.create_channel().await?;
         // Unacked deliveries at once; the worker holds no more jobs than that.
         channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;

@@ -188,8 +188,7 @@ impl Received {
 
 impl Client {
     pub async fn new(url: &str) -> Self {
-        let connection =
-            Connection::connect(url, ConnectionProperties::default()).await.unwrap();
+        let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
         Self { connection, channel }
@@ -222,7 +221,8 @@ impl Client {
 
     /// Takes one message of a queue, if there is one.
     pub async fn get(&self, queue: &str) -> Option<Received> {
-        let message = self.channel.basic_get(queue.into(), BasicGetOptions::default()).await.unwrap()?;
+        let message =
+            self.channel.basic_get(queue.into(), BasicGetOptions::default()).await.unwrap()?;
         message.delivery.acker.ack(BasicAckOptions::default()).await.unwrap();
         Some(received(message.delivery))
     }
@@ -321,8 +321,7 @@ impl Bucket {
     }
 
     pub async fn named(name: &str) -> Self {
-        let client =
-            s3_client(&var("ANGLER_TEST_S3_KEY"), &var("ANGLER_TEST_S3_SECRET"));
+        let client = s3_client(&var("ANGLER_TEST_S3_KEY"), &var("ANGLER_TEST_S3_SECRET"));
         // `public` is shared by tests: another one may have made it.
         let _ = client.create_bucket().bucket(name).send().await;
         Self { name: name.to_owned(), client }
@@ -390,7 +389,7 @@ impl Setup {
         let mut command = Command::new(env!("CARGO_BIN_EXE_angler"));
         command.args(arguments).current_dir(repository(""));
         for (key, value) in &self.set {
-            command.arg("--set").arg(format!("{key}={value}"));
+            command.arg("--setting").arg(format!("{key}={value}"));
         }
         for key in ["ORT_DYLIB_PATH", "VIRTUAL_ENV", "AWS_PROFILE", "AWS_REGION"] {
             command.env_remove(key);
@@ -415,12 +414,8 @@ impl Setup {
 
     /// Starts `angler worker` and waits until it answers on HTTP.
     pub async fn launch(&self) -> Worker {
-        let mut child = self
-            .command(&["worker"])
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child =
+            self.command(&["worker"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
         let (lines, stderr) = (Arc::clone(&log), child.stderr.take().unwrap());
         std::thread::spawn(move || {
@@ -463,7 +458,8 @@ impl Worker {
     }
 
     pub fn signal(&self, name: &str) {
-        let done = Command::new("kill").arg(format!("-{name}")).arg(self.child.id().to_string()).status();
+        let done =
+            Command::new("kill").arg(format!("-{name}")).arg(self.child.id().to_string()).status();
         assert!(done.unwrap().success());
     }
 
@@ -495,7 +491,13 @@ pub fn fashion_classes() -> (tempfile::TempDir, &'static str) {
     let mut setup = Setup::store();
     setup.set("classes.root", root.path().to_str().unwrap());
     let (code, _, log) = setup.run(&[
-        "classes", "build", "samples/fashion/reference", "--set", "fashion", "--version", "1",
+        "classes",
+        "build",
+        "samples/fashion/reference",
+        "--set",
+        "fashion",
+        "--version",
+        "1",
     ]);
     assert_eq!(code, 0, "{log}");
     (root, "fashion@1")
