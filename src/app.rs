@@ -71,13 +71,18 @@ impl App {
 
     /// Opens the back end, warms it and starts the engine; says in one log line what runs and why.
     ///
+    /// Must be called on a multi-threaded runtime: loading takes seconds, in which its other
+    /// threads go on.
+    ///
     /// # Errors
     /// What is missing.
     pub fn engine(&self, model: &Model) -> Result<Engine> {
-        let opened = embed::open(model, &self.settings.embed_options())?;
-        tracing::info!(model = model.fingerprint, "back end {}", opened.reason);
-        let size = (model.pixels.width, model.pixels.height);
-        Ok(Engine::start(opened.embedders, self.settings.batch_policy(), size)?)
+        tokio::task::block_in_place(|| {
+            let opened = embed::open(model, &self.settings.embed_options())?;
+            tracing::info!(model = model.fingerprint, "back end {}", opened.reason);
+            let size = (model.pixels.width, model.pixels.height);
+            Ok(Engine::start(opened.embedders, self.settings.batch_policy(), size)?)
+        })
     }
 
     /// Images from `store` through `engine`.

@@ -166,9 +166,7 @@ pub fn open(model: &Model, options: &Options) -> Result<Opened, OpenError> {
             Ok((embedders, detail)) if !embedders.is_empty() => {
                 let backend = embedders[0].backend();
                 let mut reason = format!("{backend}: {detail}");
-                for (name, why) in &failed {
-                    reason.push_str(&format!("; {name} does not work: {why}"));
-                }
+                reason.push_str(&refusals(&failed));
                 return Ok(Opened { embedders, backend, reason });
             }
             Ok(_) => failed.push((name(*choice), "embedder.devices is empty".to_owned())),
@@ -177,15 +175,21 @@ pub fn open(model: &Model, options: &Options) -> Result<Opened, OpenError> {
     }
     match failed.pop() {
         Some((name, reason)) if order.len() == 1 => Err(OpenError::Named { name, reason }),
-        last => Err(OpenError::None(
-            failed
-                .into_iter()
-                .chain(last)
-                .map(|(n, r)| format!("{n}: {r}"))
-                .collect::<Vec<_>>()
-                .join("; "),
-        )),
+        last => {
+            failed.extend(last);
+            Err(OpenError::None(refusals(&failed).trim_start_matches("; ").to_owned()))
+        }
     }
+}
+
+/// Why each back end was passed over; neighbours with the same reason share it.
+fn refusals(failed: &[(&'static str, String)]) -> String {
+    let same = failed.chunk_by(|a, b| a.1 == b.1);
+    same.map(|group| {
+        let names: Vec<&str> = group.iter().map(|(name, _)| *name).collect();
+        format!("; not {}: {}", names.join(", not "), group[0].1.trim_end_matches('.'))
+    })
+    .collect()
 }
 
 fn name(choice: BackendChoice) -> &'static str {
@@ -198,6 +202,10 @@ fn name(choice: BackendChoice) -> &'static str {
     }
 }
 
+fn plural(count: usize, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
+}
+
 type OpenedOne = (Vec<Box<dyn Embedder>>, String);
 
 fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<OpenedOne, String> {
@@ -205,7 +213,7 @@ fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<O
     if choice == BackendChoice::Tract || choice == BackendChoice::Auto {
         let threads = if options.threads == 0 { cores } else { options.threads };
         let embedder = tract::TractEmbedder::new(model, threads)?;
-        return Ok((vec![Box::new(embedder)], format!("{threads} threads, one image each")));
+        return Ok((vec![Box::new(embedder)], format!("{}, an image each", plural(threads, "thread"))));
     }
     let runtime = onnxruntime::Runtime::find(options.onnxruntime_library.as_deref())?;
     let mut embedders: Vec<Box<dyn Embedder>> = Vec::new();
@@ -218,7 +226,7 @@ fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<O
                 let session = runtime.session(model, onnxruntime::Provider::Cpu, threads)?;
                 embedders.push(Box::new(session));
             }
-            format!("{sessions} session(s) of {threads} thread(s)")
+            format!("{}, {} each", plural(sessions, "session"), plural(threads, "thread"))
         }
         _ => {
             for device in &options.devices {
@@ -228,7 +236,7 @@ fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<O
                 };
                 embedders.push(Box::new(runtime.session(model, provider, 1)?));
             }
-            format!("device(s) {:?}", options.devices)
+            format!("devices {:?}", options.devices)
         }
     };
     Ok((embedders, format!("{detail}, library {}", runtime.library().display())))
