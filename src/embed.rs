@@ -213,7 +213,10 @@ fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<O
     if choice == BackendChoice::Tract || choice == BackendChoice::Auto {
         let threads = if options.threads == 0 { cores } else { options.threads };
         let embedder = tract::TractEmbedder::new(model, threads)?;
-        return Ok((vec![Box::new(embedder)], format!("{}, an image each", plural(threads, "thread"))));
+        return Ok((
+            vec![Box::new(embedder)],
+            format!("{}, an image each", plural(threads, "thread")),
+        ));
     }
     let runtime = onnxruntime::Runtime::find(options.onnxruntime_library.as_deref())?;
     let mut embedders: Vec<Box<dyn Embedder>> = Vec::new();

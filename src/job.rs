@@ -432,7 +432,7 @@ mod tests {
             assert_eq!(failure.code, FailureCode::MalformedJob, "{job}");
             assert!(failure.message.contains(word), "{job}: {failure}");
         }
-        let many = parse(with("images", json!(["s3://b/k"; 4]))).unwrap_err();
+        let many = parse(with("images", json!(vec!["s3://b/k"; 4]))).unwrap_err();
         assert_eq!(many.code, FailureCode::TooManyImages);
         let long = Job::parse(&[b' '; 10_001], None, LIMITS).unwrap_err();
         assert!(long.message.contains("message_bytes"), "{long}");

@@ -139,6 +139,6 @@ mod tests {
         tokio::pin!(second);
         assert!(futures_util::poll!(&mut second).is_pending());
         drop(first);
-        second.await.unwrap();
+        drop(second.await.unwrap());
     }
 }
