@@ -140,12 +140,11 @@ impl App {
         }
     }
 
-    /// The daemon's worker: RabbitMQ on both ends, S3 between, class sets loaded. The publisher is
-    /// to be closed after the worker.
+    /// The daemon: RabbitMQ on both ends, S3 between, class sets loaded.
     ///
     /// # Errors
     /// What is missing.
-    pub async fn daemon(&self, readiness: Arc<Readiness>) -> Result<(Worker, Arc<Publisher>)> {
+    pub async fn daemon(&self, readiness: Arc<Readiness>) -> Result<Daemon> {
         let s = &self.settings;
         let name = worker_name();
         let model = self.model()?;
@@ -157,7 +156,7 @@ impl App {
         }
         readiness.set_warm();
         let store = Arc::new(self.s3_images().await);
-        let pipeline = self.pipeline(&model, engine, store);
+        let pipeline = self.pipeline(&model, engine.clone(), store);
         tracing::info!(broker = redacted(&s.amqp.url), worker = name, "connecting");
         let options = s.amqp_options(&name);
         let publisher = Arc::new(Publisher::new(options.clone(), s.topology()));
@@ -176,8 +175,18 @@ impl App {
         ));
         let options = self.worker_options(&name, &model, usize::from(s.amqp.prefetch));
         let worker = Worker::new(source, sink, pipeline, Arc::new(catalog), options);
-        Ok((worker, publisher))
+        Ok(Daemon { worker, publisher, engine })
     }
+}
+
+/// A worker, and what is to be closed once it has run.
+pub struct Daemon {
+    /// Not started yet.
+    pub worker: Worker,
+    /// Publishes results, retries and dead letters.
+    pub publisher: Arc<Publisher>,
+    /// Runs the model.
+    pub engine: Engine,
 }
 
 /// The host's name: in a container it is the container's or the pod's.

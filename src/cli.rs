@@ -26,6 +26,7 @@ pub struct Cli {
 }
 
 #[derive(Args)]
+#[command(next_help_heading = "Settings")]
 struct Global {
     /// Settings file [default: angler.toml, if it exists]
     #[arg(long, global = true, value_name = "FILE")]
@@ -43,11 +44,9 @@ struct Global {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Classify images in folders, files or S3: no broker needed
+    // The commands' own types carry their help.
     Classify(classify::Classify),
-    /// Run the daemon: jobs from RabbitMQ, images from S3, results to RabbitMQ
     Worker(worker::WorkerCommand),
-    /// Make versions of class vectors
     #[command(subcommand)]
     Classes(classes::ClassesCommand),
     /// Print the default settings, with what each means: a start for angler.toml

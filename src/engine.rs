@@ -95,6 +95,14 @@ impl EngineStats {
         }
     }
 
+    /// How many batches there were and why they closed, for people.
+    pub fn describe(&self) -> String {
+        let [full, linger, drain] = [CloseReason::Full, CloseReason::Linger, CloseReason::Drain]
+            .map(|reason| self.batches(reason));
+        let total = full + linger + drain;
+        format!("{total} (closed: {full} full, {linger} after the linger, {drain} on the drain)")
+    }
+
     /// Images that were put into a batch.
     pub fn images(&self) -> u64 {
         self.images.load(Ordering::Relaxed)

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -145,7 +145,8 @@ fn ended_well(
 struct Admitted {
     classes: Arc<ClassVectors>,
     deadline: Instant,
-    /// In the job's order; an image whose handle is dropped is given up.
+    /// In the job's order, and fewer than it has if its time ran out before the last had a place;
+    /// an image whose handle is dropped is given up.
     images: Vec<AbortOnDropHandle<Result<Scored, SubmitError>>>,
 }
 
@@ -165,6 +166,8 @@ impl Core {
                 biased;
                 () = stop.cancelled() => return Err(JobError::Abandoned("the worker is stopping")),
                 () = delivery.lost.cancelled() => return Err(JobError::Abandoned("its connection is gone")),
+                // Jobs that wait behind this one must not wait for ever.
+                () = sleep_until(deadline) => break,
                 slot = self.pipeline.slot() => slot,
             };
             let want = Want {
@@ -195,11 +198,15 @@ impl Core {
         admitted: Result<Admitted, JobError>,
     ) -> Result<(), FatalError> {
         let lost = delivery.lost.clone();
+        let id = match &delivery.job {
+            Ok(job) => job.id.clone(),
+            Err(malformed) => malformed.id.clone(),
+        };
         tokio::select! {
             biased;
             done = self.conclude(delivery, admitted) => done,
             () = lost.cancelled() => {
-                tracing::info!("a job was let go because its connection is gone; it is delivered again");
+                tracing::info!(job = id, "let go: its connection is gone, so it is delivered again");
                 Ok(())
             }
         }
@@ -250,8 +257,13 @@ impl Core {
         let threshold = job.min_score.or(classes.min_score());
         let mut entries = Vec::with_capacity(images.len());
         let mut transient = Vec::new();
-        for (image, ImageRef { uri, id }) in images.into_iter().zip(&job.images) {
-            let verdict = match self.image_outcome(image, deadline).await? {
+        let mut images = images.into_iter();
+        for ImageRef { uri, id } in &job.images {
+            let outcome = match images.next() {
+                Some(image) => self.image_outcome(image, deadline).await?,
+                None => Err(self.out_of_time()),
+            };
+            let verdict = match outcome {
                 Ok(scored) => Verdict::Labelled(label(scored, &classes, threshold)),
                 Err(error) => {
                     tracing::debug!(job = job.id, uri, code = %error.code, "image failed: {error}");
@@ -294,14 +306,19 @@ impl Core {
                 ImageErrorCode::Internal,
                 format!("the image's task ended early: {panic}"),
             ))),
-            Err(_) => Ok(Err(ImageError::new(
-                ImageErrorCode::Timeout,
-                format!(
-                    "its job was not finished within {} s (limits.job_seconds)",
-                    self.options.job_time.as_secs_f64()
-                ),
-            ))),
+            Err(_) => Ok(Err(self.out_of_time())),
         }
+    }
+
+    /// The error of an image whose job's time is over.
+    fn out_of_time(&self) -> ImageError {
+        ImageError::new(
+            ImageErrorCode::Timeout,
+            format!(
+                "its job was not finished within {} s (limits.job_seconds)",
+                self.options.job_time.as_secs_f64()
+            ),
+        )
     }
 
     /// What is published and how the delivery settles; or, without a result, how it settles and

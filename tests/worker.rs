@@ -211,6 +211,44 @@ async fn every_image_error_has_its_code_and_hurts_no_neighbour() {
     drop(worker);
 }
 
+/// A network that gives a black image the embedding zero, which has no cosine with anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_the_model_fails_on_is_internal_and_hurts_no_neighbour() {
+    let mut world = World::new().await;
+    // A BMP of 8 × 8 pixels of one colour, by hand: header, info, rows of B, G, R.
+    let bmp = |colour: [u8; 3]| {
+        let mut bytes = b"BM".to_vec();
+        for value in [54_u32 + 192, 0, 54, 40, 8, 8, 1 | 24 << 16, 0, 192, 2835, 2835, 0, 0] {
+            bytes.extend(value.to_le_bytes());
+        }
+        bytes.extend(colour.repeat(64));
+        bytes
+    };
+    let references = tempfile::tempdir().unwrap();
+    for (label, colour) in [("red", [0, 0, 255]), ("blue", [255, 0, 0])] {
+        std::fs::create_dir(references.path().join(label)).unwrap();
+        std::fs::write(references.path().join(label).join("1.bmp"), bmp(colour)).unwrap();
+    }
+    world.setup.set("model.path", "tests/data/models/tiny-mean");
+    let source = references.path().to_str().unwrap();
+    let (code, _, log) =
+        world.setup.run(&["classes", "build", source, "--set", "colours", "--version", "1"]);
+    assert_eq!(code, 0, "{log}");
+    let mut images = Vec::new();
+    for (name, colour) in [("red", [30, 20, 200]), ("black", [0, 0, 0]), ("blue", [90, 9, 9])] {
+        images.push(world.bucket.put(&format!("{name}.bmp"), bmp(colour)).await);
+    }
+    let worker = world.setup.start().await;
+    let client = world.broker.connect().await;
+    let mut results = client.consume("angler.results").await;
+    client.job(&json!({"id": "black", "images": images, "classes": "colours@1"})).await;
+    let result = results.next().await.body;
+    assert_eq!(result["images"][0]["label"], "red", "{result}");
+    assert_eq!(result["images"][1]["error"]["code"], "internal", "{result}");
+    assert_eq!(result["images"][2]["label"], "blue", "{result}");
+    drop(worker);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_is_away_is_retried_and_then_said() {
     let mut world = World::new().await;

@@ -17,12 +17,11 @@ use crate::job::check_name;
 use crate::pipeline::Pipeline;
 use crate::store::ObjectError;
 
-/// Subcommands of `angler classes`.
+/// Make versions of class vectors
 #[derive(Subcommand)]
 pub enum ClassesCommand {
-    /// Make a version out of images: one folder a class
+    // The commands' own types carry their help.
     Build(BuildCommand),
-    /// Make a version out of vectors that another tool made
     Import(ImportCommand),
 }
 
@@ -39,7 +38,10 @@ struct Target {
     json: bool,
 }
 
-/// Embeds every image and writes the mean of each class under classes.root.
+/// Make a version out of images: one folder a class
+///
+/// Embeds every image and writes the mean of each class's normalised embeddings under
+/// classes.root. Images that cannot be read are listed; a class without any is an error.
 #[derive(Args)]
 pub struct BuildCommand {
     /// A folder or s3://bucket/prefix with one sub-folder a class
@@ -48,7 +50,9 @@ pub struct BuildCommand {
     target: Target,
 }
 
-/// Writes vectors under classes.root, marked as made with the configured model.
+/// Make a version out of vectors that another tool made
+///
+/// Writes them under classes.root, marked as made with the configured model.
 #[derive(Args)]
 pub struct ImportCommand {
     /// Vectors: .npy, f32 or f64, [rows, dim]

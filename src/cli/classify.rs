@@ -27,7 +27,7 @@ use crate::source::folder::{FolderSource, IMAGES_PER_JOB};
 use crate::worker::Worker;
 use report::Report;
 
-/// Classifies images with nothing but this binary.
+/// Classify images in folders, files or S3: no broker needed
 ///
 /// On a terminal: a table and a summary. In a pipe, or with --out: one JSON line an image, with
 /// `uri`, `label`, `score` and `top` or `error`, and `classes`, `model` and `backend` beside them.
@@ -97,6 +97,8 @@ impl Classify {
             }
         };
         let classes = catalog.resolve(&selector).await?;
+        // Another version that becomes active meanwhile is not for this run.
+        let selector = ClassSelector { version: Some(classes.version().to_owned()), ..selector };
         let outcome =
             self.classify(app, &model, pipeline, catalog, selector, &classes, images).await;
         engine.close().await;
@@ -164,8 +166,7 @@ impl Classify {
         if table {
             print!("{}", report.table());
         }
-        let backend = pipeline.engine().backend();
-        eprint!("{}", report.summary(elapsed, classes, model, backend));
+        eprint!("{}", report.summary(elapsed, classes, model, pipeline.engine()));
         if let Some(out) = &self.out {
             eprintln!("results in {}", out.display());
         }
@@ -178,6 +179,17 @@ impl Classify {
         }
         if self.min_score.is_some_and(|s| !(-1.0..=1.0).contains(&s)) {
             return Err(UsageError("--min-score must lie in [-1, 1]".to_owned()));
+        }
+        // Found now and not when everything is classified.
+        if let Some(out) = &self.out {
+            let wrong = |what: String| UsageError(format!("--out {}: {what}", out.display()));
+            if out.is_dir() || out.file_name().is_none() {
+                return Err(wrong("it is a folder".to_owned()));
+            }
+            let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty());
+            if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+                return Err(wrong(format!("there is no folder {}", folder.display())));
+            }
         }
         Ok(())
     }
@@ -236,7 +248,7 @@ enum Output {
     File { path: PathBuf, temporary: PathBuf, file: std::fs::File },
 }
 
-/// What is left to do once everything is written.
+/// What is left to do once everything is written; dropped before, it leaves no half a file behind.
 struct Finish(Option<(PathBuf, PathBuf)>);
 
 type Writer = Option<Box<dyn Write + Send>>;
@@ -274,11 +286,20 @@ impl Output {
 }
 
 impl Finish {
-    fn complete(self) -> Result<()> {
-        match self.0 {
+    fn complete(mut self) -> Result<()> {
+        match self.0.take() {
             Some((from, to)) => std::fs::rename(&from, &to)
                 .with_context(|| format!("{} cannot become {}", from.display(), to.display())),
             None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Finish {
+    fn drop(&mut self) {
+        if let Some((temporary, _)) = &self.0 {
+            // A leftover is only litter.
+            let _ = std::fs::remove_file(temporary);
         }
     }
 }

@@ -85,6 +85,7 @@ async fn in_s3(app: &App, uri: &str) -> Result<Vec<String>> {
 
 /// The images of a folder or prefix that has one sub-folder a class.
 pub(super) async fn references(app: &App, root: &str) -> Result<Vec<Reference>> {
+    let root = if root == "/" { root } else { root.trim_end_matches('/') };
     let base = format!("{}/", root.trim_end_matches('/'));
     let listed = if is_s3(root) {
         in_s3(app, &base).await?
@@ -96,7 +97,7 @@ pub(super) async fn references(app: &App, root: &str) -> Result<Vec<Reference>> 
         .into_iter()
         .filter_map(|uri| {
             let below = uri.strip_prefix(&base)?;
-            let (label, _) = below.split_once('/')?;
+            let (label, _) = below.split_once('/').filter(|(label, _)| !label.is_empty())?;
             Some(Reference { label: label.to_owned(), uri: uri.clone() })
         })
         .collect();

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::app::App;
+use crate::app::{App, Daemon};
 use crate::health::{self, Readiness};
 use crate::shutdown;
 
+/// Run the daemon: jobs from RabbitMQ, images from S3, results to RabbitMQ
+///
 /// Runs until SIGTERM or SIGINT, then finishes what it has admitted and exits 0; a second signal
 /// exits at once. Jobs that are not finished are delivered to another worker.
 ///
@@ -36,11 +38,16 @@ impl WorkerCommand {
             daemon = app.daemon(readiness) => daemon?,
             () = stop.cancelled() => return Ok(()),
         };
-        let (worker, publisher) = daemon;
+        let Daemon { worker, publisher, engine } = daemon;
         let outcome = worker.run(stop).await;
         publisher.close().await;
+        engine.close().await;
         outcome?;
-        tracing::info!("done: everything that was admitted is settled");
+        tracing::info!(
+            images = engine.stats().images(),
+            batches = engine.stats().describe(),
+            "done: everything that was admitted is settled"
+        );
         Ok(())
     }
 }

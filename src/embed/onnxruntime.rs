@@ -65,10 +65,11 @@ impl Runtime {
             (None, None) => candidates(),
         };
         if places.is_empty() {
-            return Err("libonnxruntime.so was not found (embedder.onnxruntime_library, \
-                        ORT_DYLIB_PATH and the well-known places; the README says how to install \
-                        it in one line)"
-                .to_owned());
+            return Err(
+                "libonnxruntime.so was not found (the README says where it is looked for, \
+                        and how to install it in one line)"
+                    .to_owned(),
+            );
         }
         let mut refused = Vec::new();
         for place in places {

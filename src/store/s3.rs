@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use aws_config::environment::EnvironmentVariableRegionProvider;
+use aws_config::meta::region::RegionProviderChain;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
@@ -73,10 +75,13 @@ impl S3Uri {
 /// Throttling and 5xx answers are tried again with backoff, three times in all, before an error
 /// reaches the caller.
 pub async fn client(options: &S3Options) -> Client {
-    let region = options.region.clone().map(Region::new);
-    let chain = aws_config::meta::region::RegionProviderChain::first_try(region)
-        .or_default_provider()
-        .or_else(Region::from_static("us-east-1"));
+    let chain = RegionProviderChain::first_try(options.region.clone().map(Region::new));
+    // Another server than AWS's has no instance metadata to ask, and asking takes seconds.
+    let chain = match options.endpoint {
+        Some(_) => chain.or_else(EnvironmentVariableRegionProvider::new()),
+        None => chain.or_default_provider(),
+    };
+    let chain = chain.or_else(Region::from_static("us-east-1"));
     let timeouts = TimeoutConfig::builder()
         .connect_timeout(Duration::from_secs(5))
         .read_timeout(Duration::from_secs(20))

@@ -1,4 +1,4 @@
-"""Makes the three tiny networks in tests/data/models.
+"""Makes the tiny networks in tests/data/models.
 
     python tests/data/make_models.py
 
@@ -197,7 +197,38 @@ dim = 32
     )
 
 
+def tiny_mean():
+    """The mean of each channel, untouched: a black picture has the embedding zero, which has no direction."""
+    graph = Graph(seed=4)
+    pooled = graph.node("GlobalAveragePool", ["image"], "pool")
+    graph.node("Flatten", [pooled], "mean", axis=1)
+    graph.save(
+        "tiny-mean",
+        {"image": ["batch", 3, 8, 8]},
+        {"mean": ["batch", 3]},
+        opset=13,
+        ir_version=8,
+        settings="""\
+name = "tiny-mean"
+
+[input]
+layout = "nchw"
+channels = "rgb"
+width = 8
+height = 8
+resize = "exact"
+filter = "bilinear"
+mean = [0.0, 0.0, 0.0]
+std = [255.0, 255.0, 255.0]
+
+[output]
+dim = 3
+""",
+    )
+
+
 if __name__ == "__main__":
     tiny_nhwc()
     tiny_fixed4()
     tiny_fixed1()
+    tiny_mean()

@@ -5,10 +5,10 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 
 use crate::classes::ClassVectors;
-use crate::embed::Backend;
+use crate::engine::Engine;
 use crate::error::ImageErrorCode;
 use crate::job::{ImageEntry, Verdict};
 use crate::model::Model;
@@ -78,7 +78,7 @@ impl Report {
     pub(super) fn table(&self) -> String {
         let mut table = Table::new();
         table
-            .load_style(presets::UTF8_HORIZONTAL_ONLY)
+            .load_style(TableStyle::new().header_separator(LineStyle::none().fill('─')))
             .set_content_arrangement(ContentArrangement::Dynamic)
             .set_header(vec!["image", "label", "score"]);
         for (uri, label, score) in &self.rows {
@@ -101,7 +101,7 @@ impl Report {
         elapsed: Duration,
         classes: &ClassVectors,
         model: &Model,
-        backend: Backend,
+        engine: &Engine,
     ) -> String {
         let mut text = String::new();
         let seconds = elapsed.as_secs_f64();
@@ -118,7 +118,8 @@ impl Report {
             plural(classes.labels().len(), "label")
         );
         let _ = writeln!(text, "  model    {}", model.fingerprint);
-        let _ = writeln!(text, "  back end {backend}");
+        let _ = writeln!(text, "  back end {}", engine.backend());
+        let _ = writeln!(text, "  batches  {}", engine.stats().describe());
         let mut labels: Vec<(&String, &usize)> = self.labels.iter().collect();
         labels.sort_by(|a, b| b.1.cmp(a.1).then(a.0.cmp(b.0)));
         if !labels.is_empty() {
