@@ -308,18 +308,22 @@ impl Drop for Finish {
 pub(super) fn progress_bar(total: usize, what: &'static str) -> ProgressBar {
     let bar =
         ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr_with_hz(8));
-    let template = format!("{{bar:24}} {{pos}}/{{len}} {what}  {{per_sec:>8}}  {{eta}} left");
+    let template = format!("{{bar:24}} {{pos}}/{{len}} {what}  {{rate}}");
     if let Ok(style) = ProgressStyle::with_template(&template) {
-        bar.set_style(
-            style
-                .with_key(
-                    "per_sec",
-                    |state: &indicatif::ProgressState, w: &mut dyn std::fmt::Write| {
-                        let _ = write!(w, "{:.0}/s", state.per_sec());
-                    },
-                )
-                .progress_chars("█▌ "),
+        let style = style.with_key(
+            "rate",
+            // Since the start: results come 32 at a time, and indicatif's own estimate takes half a
+            // minute to believe a rate.
+            |state: &indicatif::ProgressState, w: &mut dyn std::fmt::Write| {
+                let rate = state.pos() as f64 / state.elapsed().as_secs_f64().max(1e-9);
+                let left = state.len().unwrap_or(0).saturating_sub(state.pos()) as f64 / rate;
+                if left.is_finite() {
+                    let left = indicatif::HumanDuration(Duration::from_secs_f64(left.ceil()));
+                    let _ = write!(w, "{rate:.0}/s, {left:#} left");
+                }
+            },
         );
+        bar.set_style(style.progress_chars("█▌ "));
     }
     bar.enable_steady_tick(Duration::from_millis(250));
     bar

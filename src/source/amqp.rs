@@ -15,6 +15,7 @@ use lapin::options::{
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Acker, BasicProperties, Channel, Connection, Consumer, Event};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -41,6 +42,9 @@ pub struct AmqpSource {
     publisher: Arc<Publisher>,
     readiness: Arc<Readiness>,
     live: Option<Live>,
+    /// The attempt to become live. A task of its own, since calls of `receive` are dropped at any
+    /// moment: a consumer that was dropped half-made would keep what was prefetched for it.
+    opening: Option<JoinHandle<Result<Live, AmqpError>>>,
     /// Grows while consumers end without having delivered anything.
     backoff: Backoff,
     stopped: bool,
@@ -74,38 +78,33 @@ impl AmqpSource {
             publisher,
             readiness,
             live: None,
+            opening: None,
             backoff: Backoff::default(),
             stopped: false,
         }
     }
 
-    async fn open(&self) -> Result<Live, AmqpError> {
-        let connection = connect(&self.options, "consume").await?;
-        for mismatch in self.topology.declare(&connection).await? {
-            tracing::warn!("{mismatch}");
-        }
-        // From here on, since a refused declaration is an error of the connection's too.
-        let lost = CancellationToken::new();
-        let watch = watch(&connection, lost.clone());
-        let channel = connection.create_channel().await?;
-        // Unacked deliveries at once; the worker holds no more jobs than that.
-        channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
-        let consumer = channel
-            .basic_consume(
-                short(&self.topology.jobs),
-                short(&self.options.name),
-                BasicConsumeOptions::default(), // acks by hand, competing consumers
-                FieldTable::default(),
-            )
-            .await?;
-        Ok(Live { connection, channel, consumer, lost, _watch: watch })
+    /// Begins an attempt to connect and consume after a pause.
+    fn open_after(&self, pause: Duration) -> JoinHandle<Result<Live, AmqpError>> {
+        let (options, topology) = (self.options.clone(), self.topology.clone());
+        let prefetch = self.prefetch;
+        tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            open(&options, &topology, prefetch).await
+        })
     }
 
     /// Connects until it works. Dropping the call in between loses nothing.
     async fn live(&mut self) -> &mut Live {
         while self.live.is_none() {
-            match self.open().await {
-                Ok(live) => {
+            let opening = match self.opening.take() {
+                Some(opening) => opening,
+                None => self.open_after(Duration::ZERO),
+            };
+            let opened = self.opening.insert(opening).await;
+            self.opening = None;
+            match opened {
+                Ok(Ok(live)) => {
                     tracing::info!(
                         queue = self.topology.jobs,
                         prefetch = self.prefetch,
@@ -114,20 +113,23 @@ impl AmqpSource {
                     self.readiness.set_consuming(true);
                     self.live = Some(live);
                 }
-                Err(error) => {
-                    let pause = self.backoff.next();
-                    tracing::warn!(
-                        pause_seconds = pause.as_secs_f64(),
-                        "jobs cannot be consumed, the broker is tried again: {error}"
-                    );
-                    tokio::time::sleep(pause).await;
-                }
+                Ok(Err(error)) => self.try_again(&error.to_string()),
+                Err(panic) => self.try_again(&panic.to_string()),
             }
         }
         match &mut self.live {
             Some(live) => live,
             None => unreachable!("the loop above ends only with a connection"),
         }
+    }
+
+    fn try_again(&mut self, error: &str) {
+        let pause = self.backoff.next();
+        tracing::warn!(
+            pause_seconds = pause.as_secs_f64(),
+            "jobs cannot be consumed, the broker is tried again: {error}"
+        );
+        self.opening = Some(self.open_after(pause));
     }
 
     fn lose(&mut self, reason: &str) {
@@ -138,6 +140,8 @@ impl AmqpSource {
             // Closed beside the way; a broker that is gone does not answer.
             tokio::spawn(async move { close(&live.connection).await });
         }
+        let pause = self.backoff.next();
+        self.opening = Some(self.open_after(pause));
     }
 
     fn delivery(&self, message: lapin::message::Delivery, lost: CancellationToken) -> Delivery {
@@ -168,6 +172,32 @@ impl AmqpSource {
         });
         Delivery { job, attempt, reply, settle, lost }
     }
+}
+
+async fn open(
+    options: &AmqpOptions,
+    topology: &Topology,
+    prefetch: u16,
+) -> Result<Live, AmqpError> {
+    let connection = connect(options, "consume").await?;
+    for mismatch in topology.declare(&connection).await? {
+        tracing::warn!("{mismatch}");
+    }
+    // From here on, since a refused declaration is an error of the connection's too.
+    let lost = CancellationToken::new();
+    let watch = watch(&connection, lost.clone());
+    let channel = connection.create_channel().await?;
+    // Unacked deliveries at once; the worker holds no more jobs than that.
+    channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+    let consumer = channel
+        .basic_consume(
+            short(&topology.jobs),
+            short(&options.name),
+            BasicConsumeOptions::default(), // acks by hand, competing consumers
+            FieldTable::default(),
+        )
+        .await?;
+    Ok(Live { connection, channel, consumer, lost, _watch: watch })
 }
 
 /// Watches a connection's events and cancels `lost` when it ends.
@@ -212,13 +242,20 @@ impl JobSource for AmqpSource {
                 Some(Err(error)) => self.lose(&error.to_string()),
                 None => self.lose("cancelled by the broker, or its connection is gone"),
             }
-            tokio::time::sleep(self.backoff.next()).await;
         }
     }
 
     async fn stop(&mut self) {
         self.stopped = true;
         self.readiness.set_consuming(false);
+        if let Some(opening) = self.opening.take() {
+            // Not aborted: a consumer that is half-made must be closed to give back what it has.
+            tokio::spawn(async move {
+                if let Ok(Ok(live)) = opening.await {
+                    close(&live.connection).await;
+                }
+            });
+        }
         let Some(live) = &mut self.live else { return };
         let cancel = live.channel.basic_cancel(live.consumer.tag(), BasicCancelOptions::default());
         let give_back = async {

@@ -88,8 +88,10 @@ fn create_new(path: &Path, body: &[u8]) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder)?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = folder.join(format!(".{name}.{}", std::process::id()));
-    let written = std::fs::File::create(&temporary).and_then(|mut file| {
+    // A name that no other writer has: not in this process, and not on another host of the folder.
+    let temporary =
+        folder.join(format!(".{name}.{}.{:016x}", std::process::id(), fastrand::u64(..)));
+    let written = std::fs::File::create_new(&temporary).and_then(|mut file| {
         file.write_all(body)?;
         file.sync_all()?;
         std::fs::hard_link(&temporary, path)

@@ -1,0 +1,12 @@
+//! The whole worker in one process: a queue in memory, an embedder without a model, a store and a
+//! sink that can be held. No test sleeps: the clock stands still, and what a test waits for is a
+//! condition.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // In tests a panic is the report.
+
+mod rig;
+
+mod batches;
+mod limits;
+mod outcomes;
+mod stopping;
