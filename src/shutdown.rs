@@ -5,11 +5,11 @@
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// A token that SIGTERM or SIGINT cancels.
+/// A token that SIGTERM or SIGINT cancels; `doing` tells the log what happens then.
 ///
 /// # Errors
 /// If signals cannot be caught.
-pub fn on_signals() -> std::io::Result<CancellationToken> {
+pub fn on_signals(doing: &'static str) -> std::io::Result<CancellationToken> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let stop = CancellationToken::new();
@@ -22,10 +22,10 @@ pub fn on_signals() -> std::io::Result<CancellationToken> {
             }
         };
         let (name, _) = next().await;
-        tracing::info!("{name}: finishing what is admitted; a second signal exits at once");
+        tracing::info!("{name}: {doing}; a second signal exits at once");
         token.cancel();
         let (name, code) = next().await;
-        tracing::warn!("{name} again: exiting at once; unsettled jobs are delivered again");
+        tracing::warn!("{name} again: exiting at once");
         std::process::exit(code);
     });
     Ok(stop)

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
 
 use super::{UsageError, classes::build_with_progress, classes::report_failed, gather};
 use crate::app::{App, is_s3, last_component};
@@ -41,7 +42,7 @@ pub struct Classify {
     /// reference images a class
     #[arg(long, value_name = "SET[@VERSION]|FOLDER|FILE")]
     classes: String,
-    /// Write JSON lines to this file; it appears when it is complete
+    /// Write JSON lines to this file, which appears when it is complete; - is standard output
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// How many of the best classes to list for each image, 1 to 100
@@ -150,24 +151,26 @@ impl Classify {
             Arc::new(catalog),
             options,
         );
-        let stop = shutdown::on_signals().context("signals cannot be caught")?;
+        let stop = shutdown::on_signals("stopping").context("signals cannot be caught")?;
         let started = Instant::now();
-        let outcome = worker.run(stop.clone()).await;
+        // There is nothing to drain: half a result file is of no use, and it can be made again.
+        let outcome = tokio::select! {
+            biased;
+            () = stop.cancelled() => Err(anyhow!("interrupted: the results are not complete")),
+            outcome = worker.run(CancellationToken::new()) => outcome.map_err(Into::into),
+        };
         let elapsed = started.elapsed();
         bar.finish_and_clear();
         outcome?;
         sink.flush().context("results cannot be written")?;
         drop(sink);
-        if stop.is_cancelled() {
-            bail!("interrupted: the results are not complete");
-        }
         finish.complete()?;
         let report = report.lock().unwrap_or_else(PoisonError::into_inner);
         if table {
             print!("{}", report.table());
         }
         eprint!("{}", report.summary(elapsed, classes, model, pipeline.engine()));
-        if let Some(out) = &self.out {
+        if let Some(out) = self.out.as_deref().filter(|out| *out != Path::new("-")) {
             eprintln!("results in {}", out.display());
         }
         Ok(())
@@ -255,8 +258,11 @@ type Writer = Option<Box<dyn Write + Send>>;
 
 impl Output {
     fn open(out: Option<&Path>) -> Result<Self> {
-        let Some(path) = out else {
-            return Ok(if std::io::stdout().is_terminal() { Self::Table } else { Self::Pipe });
+        let path = match out {
+            None if std::io::stdout().is_terminal() => return Ok(Self::Table),
+            None => return Ok(Self::Pipe),
+            Some(path) if path == Path::new("-") => return Ok(Self::Pipe),
+            Some(path) => path,
         };
         let name =
             path.file_name().ok_or_else(|| anyhow!("--out {}: not a file", path.display()))?;

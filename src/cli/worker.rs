@@ -21,7 +21,8 @@ pub struct WorkerCommand {}
 
 impl WorkerCommand {
     pub(super) async fn run(self, app: &App) -> Result<()> {
-        let stop = shutdown::on_signals().context("signals cannot be caught")?;
+        let stop = shutdown::on_signals("finishing what is admitted")
+            .context("signals cannot be caught")?;
         let readiness = Arc::new(Readiness::default());
         // Bound before the model loads, so that a probe sees "alive, not ready" meanwhile.
         let listen = &app.settings.http.listen;
