@@ -11,6 +11,7 @@ pub mod file;
 use ndarray::{Array2, ArrayView2};
 use std::collections::HashMap;
 
+use crate::error::{Failure, FailureCode, JobError};
 use crate::job::check_name;
 use crate::score::{ClassScore, normalise, top_classes};
 
@@ -58,6 +59,22 @@ pub enum ClassesError {
     /// The store did not answer: a later attempt may succeed.
     #[error("class vectors cannot be read now: {0}")]
     Unavailable(String),
+}
+
+/// What it means for a job that names the version.
+impl From<ClassesError> for JobError {
+    fn from(error: ClassesError) -> Self {
+        let code = match &error {
+            ClassesError::Unavailable(_) => return Self::Transient(error.to_string()),
+            ClassesError::UnknownSet { .. } => FailureCode::UnknownClassSet,
+            // A version that cannot be read is as good as none.
+            ClassesError::UnknownVersion { .. } | ClassesError::Invalid { .. } => {
+                FailureCode::UnknownVersion
+            }
+            ClassesError::ModelMismatch { .. } => FailureCode::ModelMismatch,
+        };
+        Self::Failed(Failure::new(code, error.to_string()))
+    }
 }
 
 /// One version of a class set.

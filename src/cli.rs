@@ -3,6 +3,7 @@
 mod classes;
 mod classify;
 mod gather;
+mod progress;
 mod worker;
 
 use std::path::PathBuf;

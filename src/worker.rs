@@ -18,8 +18,8 @@ use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::classes::ClassVectors;
 use crate::classes::catalog::Catalog;
-use crate::classes::{ClassVectors, ClassesError};
 use crate::embed::Backend;
 use crate::engine::{Scored, SubmitError, Want};
 use crate::error::{Failure, FailureCode, FatalError, ImageError, ImageErrorCode, JobError};
@@ -398,20 +398,5 @@ fn label(scored: Scored, classes: &ClassVectors, threshold: Option<f32>) -> Clas
         score,
         top,
         embedding: scored.embedding.as_deref().map(encode_embedding),
-    }
-}
-
-impl From<ClassesError> for JobError {
-    fn from(error: ClassesError) -> Self {
-        let code = match &error {
-            ClassesError::Unavailable(_) => return Self::Transient(error.to_string()),
-            ClassesError::UnknownSet { .. } => FailureCode::UnknownClassSet,
-            // A version that cannot be read is as good as none.
-            ClassesError::UnknownVersion { .. } | ClassesError::Invalid { .. } => {
-                FailureCode::UnknownVersion
-            }
-            ClassesError::ModelMismatch { .. } => FailureCode::ModelMismatch,
-        };
-        Self::Failed(Failure::new(code, error.to_string()))
     }
 }

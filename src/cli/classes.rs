@@ -4,17 +4,15 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use indicatif::ProgressBar;
 use ndarray::Array2;
 use ndarray_npy::ReadNpyExt;
 
-use super::{UsageError, classify::progress_bar, gather};
+use super::progress::{build_with_progress, report_failed};
+use super::{UsageError, gather};
 use crate::app::App;
-use crate::classes::build::{Built, build};
 use crate::classes::catalog::version_key;
 use crate::classes::file::{self, Contents};
 use crate::job::check_name;
-use crate::pipeline::Pipeline;
 use crate::store::ObjectError;
 
 /// Make versions of class vectors
@@ -100,24 +98,6 @@ impl BuildCommand {
             &model.fingerprint,
         );
         Ok(())
-    }
-}
-
-/// Builds class vectors with a progress bar on a terminal.
-pub(super) async fn build_with_progress(
-    pipeline: &std::sync::Arc<Pipeline>,
-    references: Vec<crate::classes::build::Reference>,
-) -> Result<Built> {
-    let bar: ProgressBar = progress_bar(references.len(), "references");
-    let built = build(pipeline, references, || bar.inc(1)).await;
-    bar.finish_and_clear();
-    Ok(built?)
-}
-
-/// Reference images that could not be used, on standard error.
-pub(super) fn report_failed(built: &Built) {
-    for (reference, error) in &built.failed {
-        eprintln!("not used: {}: {} ({})", reference.uri, error, error.code);
     }
 }
 

@@ -5,15 +5,15 @@ mod report;
 use std::io::{BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::{UsageError, classes::build_with_progress, classes::report_failed, gather};
+use super::progress::{build_with_progress, progress_bar, report_failed};
+use super::{UsageError, gather};
 use crate::app::{App, is_s3, last_component};
 use crate::classes::ClassVectors;
 use crate::classes::catalog::Catalog;
@@ -308,29 +308,4 @@ impl Drop for Finish {
             let _ = std::fs::remove_file(temporary);
         }
     }
-}
-
-/// A bar with rate and time left, on a terminal and for work that takes a while; else nothing.
-pub(super) fn progress_bar(total: usize, what: &'static str) -> ProgressBar {
-    let bar =
-        ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr_with_hz(8));
-    let template = format!("{{bar:24}} {{pos}}/{{len}} {what}  {{rate}}");
-    if let Ok(style) = ProgressStyle::with_template(&template) {
-        let style = style.with_key(
-            "rate",
-            // Since the start: results come 32 at a time, and indicatif's own estimate takes half a
-            // minute to believe a rate.
-            |state: &indicatif::ProgressState, w: &mut dyn std::fmt::Write| {
-                let rate = state.pos() as f64 / state.elapsed().as_secs_f64().max(1e-9);
-                let left = state.len().unwrap_or(0).saturating_sub(state.pos()) as f64 / rate;
-                if left.is_finite() {
-                    let left = indicatif::HumanDuration(Duration::from_secs_f64(left.ceil()));
-                    let _ = write!(w, "{rate:.0}/s, {left:#} left");
-                }
-            },
-        );
-        bar.set_style(style.progress_chars("█▌ "));
-    }
-    bar.enable_steady_tick(Duration::from_millis(250));
-    bar
 }

@@ -102,15 +102,17 @@ async fn each_image_of_a_batch_is_scored_with_its_own_jobs_version() {
     let _clock = Frozen::clock();
     let root = tempfile::tempdir().unwrap();
     let store: Arc<dyn ObjectStore> = Arc::new(LocalObjects::new(root.path()));
-    // The same directions under other names, and in another order.
-    for (set, version, labels) in [
-        ("colours", "1", ["red", "green", "blue"]),
-        ("colours", "2", ["rot", "grün", "blau"]),
-        ("other", "1", ["x", "y", "z"]),
+    // The same directions under other names and in another order: a class that was found in one
+    // version is another class in the next.
+    let (red, green, blue) = ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]);
+    for (set, version, labels, vectors) in [
+        ("colours", "1", ["red", "green", "blue"], [red, green, blue]),
+        ("colours", "2", ["blau", "rot", "grün"], [blue, red, green]),
+        ("other", "1", ["y", "z", "x"], [green, blue, red]),
     ] {
         let contents = Contents {
             labels: labels.map(str::to_owned).to_vec(),
-            vectors: colours((set, version), labels, None).vectors().to_owned(),
+            vectors: ndarray::arr2(&vectors),
             model: MODEL.into(),
             min_score: None,
             source: None,

@@ -243,13 +243,6 @@ impl Embedder for Recorded {
     }
 }
 
-/// Labels red, green and blue: the fake's embedding of a pixel is its colour.
-pub fn colours(name: (&str, &str), labels: [&str; 3], min_score: Option<f32>) -> ClassVectors {
-    let vectors = array![[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]];
-    let labels = labels.map(str::to_owned).to_vec();
-    ClassVectors::new(name, MODEL.into(), labels, vectors, min_score).unwrap()
-}
-
 /// What a test may choose before the worker starts.
 pub struct Rig {
     pub embedder: FakeEmbedder,
@@ -293,10 +286,14 @@ impl Default for Rig {
     }
 }
 
-/// A catalog that holds the colours under every name.
+/// A catalog that holds red, green and blue under every name: the fake's embedding of a pixel is
+/// its colour.
 pub fn fixed(min_score: Option<f32>) -> Catalog {
-    Catalog::fixed(colours(("colours", "1"), ["red", "green", "blue"], min_score), MODEL, 3)
-        .unwrap()
+    let labels = ["red", "green", "blue"].map(str::to_owned).to_vec();
+    let vectors = array![[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]];
+    let name = ("colours", "1");
+    let classes = ClassVectors::new(name, MODEL.into(), labels, vectors, min_score).unwrap();
+    Catalog::fixed(classes, MODEL, 3).unwrap()
 }
 
 impl Rig {
