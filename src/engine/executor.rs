@@ -3,6 +3,7 @@
 //! One bad image hurts only itself: a batch that fails, or panics, is halved until the guilty
 //! image is alone, and only that one is answered with an error.
 
+use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -75,16 +76,15 @@ impl Executor {
             let Some(batch) = next else { return };
             let outcome = self.batch(batch.items);
             self.shared.in_flight.send_modify(|count| *count = count.saturating_sub(1));
-            if let Err(reason) = outcome {
-                self.shared.broken.send_replace(Some(reason));
+            if outcome.is_break() {
                 return;
             }
         }
     }
 
-    /// Embeds, scores and answers; `Err` if the back end is broken for good. Items that are
+    /// Embeds, scores and answers; breaks off if the back end is broken for good. Items that are
     /// dropped unanswered are seen as [`SubmitError::Gone`].
-    fn batch(&mut self, items: Vec<Item>) -> Result<(), String> {
+    fn batch(&mut self, items: Vec<Item>) -> ControlFlow<()> {
         self.pixels.clear();
         for item in &items {
             self.pixels.extend_from_slice(&item.pixels.data);
@@ -92,14 +92,19 @@ impl Executor {
         match self.embed(items.len()) {
             Ok(embeddings) => {
                 answer(items, embeddings);
-                Ok(())
+                ControlFlow::Continue(())
             }
-            Err(EmbedError::Broken(reason)) => Err(reason),
+            Err(EmbedError::Broken(reason)) => {
+                // Said before the images are given up: a worker whose last jobs end by that must
+                // not take it for a drain that went well.
+                self.shared.broken.send_replace(Some(reason));
+                ControlFlow::Break(())
+            }
             Err(EmbedError::Batch(reason)) => self.bisect(items, &reason),
         }
     }
 
-    fn bisect(&mut self, mut items: Vec<Item>, reason: &str) -> Result<(), String> {
+    fn bisect(&mut self, mut items: Vec<Item>, reason: &str) -> ControlFlow<()> {
         if items.len() > 1 {
             tracing::debug!(images = items.len(), reason, "a batch failed and is halved");
             let rest = items.split_off(items.len() / 2);
@@ -112,7 +117,7 @@ impl Executor {
             // The image's task may be gone, its job timed out or lost.
             let _ = item.reply.send(Err(SubmitError::Image(error)));
         }
-        Ok(())
+        ControlFlow::Continue(())
     }
 
     /// Embeds the first `images` of `self.pixels`. A panic in the back end is an error of the

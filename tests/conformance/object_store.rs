@@ -120,10 +120,13 @@ async fn what_exists_is_never_overwritten(world: &impl World) {
     store.create("set/2.safetensors", Bytes::from_static(b"another key")).await.unwrap();
 }
 
+/// Few: a test server may serialise the writers of one key by waiting.
+const ROUNDS: usize = 3;
+
 async fn of_many_creators_one_wins(world: &impl World) {
     const CREATORS: usize = 8;
     let store = world.store();
-    for round in 0..10 {
+    for round in 0..ROUNDS {
         let key = format!("set/{round}.safetensors");
         let body = |creator: usize| vec![b'a' + creator as u8; 200_000 + creator];
         let mut creators = JoinSet::new();
@@ -162,7 +165,7 @@ async fn a_local_store_leaves_no_litter() {
         .map(Result::unwrap)
         .filter(|entry| entry.file_type().is_file())
         .count();
-    assert_eq!(files, 10);
+    assert_eq!(files, ROUNDS);
 }
 
 #[tokio::test]
