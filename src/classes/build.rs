@@ -90,7 +90,6 @@ pub async fn build(
         let embedding = tokio::spawn(async move { pipeline.image(&uri, want, slot).await });
         running.push_back((reference, AbortOnDropHandle::new(embedding)));
     }
-    pipeline.engine().drain();
     while !running.is_empty() {
         take(running.pop_front(), &mut means, &mut failed).await?;
         progress();

@@ -355,15 +355,6 @@ impl Settle for AmqpSettle {
     }
 }
 
-/// The properties that a producer gives a job.
-pub fn job_properties(id: &str) -> BasicProperties {
-    BasicProperties::default()
-        .with_content_type("application/json".into())
-        .with_type(JOB_TYPE.into())
-        .with_delivery_mode(2)
-        .with_message_id(short(id))
-}
-
 /// A header table of string pairs.
 pub(crate) fn headers<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> FieldTable {
     let mut table = FieldTable::default();
