@@ -7,13 +7,16 @@
 pub mod build;
 pub mod catalog;
 pub mod file;
+pub mod vectors;
 
-use ndarray::{Array2, ArrayView2};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+
+use ndarray::ArrayView2;
 
 use crate::error::{Failure, FailureCode, JobError};
 use crate::job::check_name;
-use crate::score::{ClassScore, normalise, top_classes};
+use crate::score::{ClassRows, ClassScore, Scorer};
+use vectors::{Norms, Precision, Vectors};
 
 /// Why a version of class vectors cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -77,65 +80,104 @@ impl From<ClassesError> for JobError {
     }
 }
 
+/// What a version consists of: what a file is written from, and what is read from one.
+#[derive(Debug, Clone)]
+pub struct Contents {
+    /// One label a row; a repeated label has several vectors.
+    pub labels: Vec<String>,
+    /// [rows, dim]; need not be normalised.
+    pub vectors: Vectors,
+    /// Fingerprint of the model that made the vectors.
+    pub model: String,
+    /// Below it an image's label is unknown, unless its job says otherwise.
+    pub min_score: Option<f32>,
+    /// Thresholds of single classes, which win over `min_score`.
+    pub min_scores: BTreeMap<String, f32>,
+    /// When the version was made, RFC 3339; none: not known.
+    pub created_at: Option<String>,
+    /// Where the vectors came from, for people.
+    pub source: Option<String>,
+}
+
+impl Contents {
+    /// Contents with nothing but what every version has.
+    pub fn new(labels: Vec<String>, vectors: impl Into<Vectors>, model: &str) -> Self {
+        Self {
+            labels,
+            vectors: vectors.into(),
+            model: model.to_owned(),
+            min_score: None,
+            min_scores: BTreeMap::new(),
+            created_at: None,
+            source: None,
+        }
+    }
+
+    /// Checks all but the values of the vectors.
+    fn check(&self, (set, version): (&str, &str)) -> Result<(), String> {
+        check_name(set).and_then(|()| check_name(version))?;
+        let (rows, dim) = (self.vectors.rows(), self.vectors.dim());
+        if rows == 0 {
+            return Err(format!("no vectors: shape [{rows}, {dim}]"));
+        }
+        if self.labels.len() != rows {
+            return Err(label_count(self.labels.len(), rows));
+        }
+        let score = |s: f32| (-1.0..=1.0).contains(&s);
+        if self.min_score.is_some_and(|s| !score(s)) {
+            return Err("min_score must lie in [-1, 1]".to_owned());
+        }
+        if let Some((label, _)) = self.min_scores.iter().find(|(_, s)| !score(**s)) {
+            return Err(format!("min_scores: that of {label:?} must lie in [-1, 1]"));
+        }
+        Ok(())
+    }
+}
+
+fn label_count(labels: usize, rows: usize) -> String {
+    format!("{labels} labels for {rows} rows: there must be one label a row")
+}
+
 /// One version of a class set.
 #[derive(Debug)]
 pub struct ClassVectors {
     set: String,
     version: String,
     model: String,
-    labels: Vec<String>,
+    labels: Labels,
     row_class: Vec<u32>,
-    vectors: Array2<f32>,
+    vectors: Vectors,
+    scales: Vec<f32>,
+    norms: Norms,
     min_score: Option<f32>,
+    min_scores: HashMap<u32, f32>,
+    created_at: Option<String>,
+    source: Option<String>,
 }
 
 impl ClassVectors {
-    /// Checks and normalises class vectors.
-    ///
-    /// * `labels`: one a row; a repeated label has several vectors.
-    /// * `vectors`: [rows, dim], finite, no row zero; they need not be normalised.
+    /// Checks and normalises class vectors: finite, no row zero, a label a row.
     ///
     /// # Errors
     /// [`ClassesError::Invalid`] with the first row that is wrong.
-    pub fn new(
-        name: (&str, &str),
-        model: String,
-        labels: Vec<String>,
-        mut vectors: Array2<f32>,
-        min_score: Option<f32>,
-    ) -> Result<Self, ClassesError> {
+    pub fn new(name: (&str, &str), contents: Contents) -> Result<Self, ClassesError> {
         let (set, version) = name;
         let invalid = |reason: String| ClassesError::Invalid {
             place: format!("class vectors {set}@{version}"),
             reason,
         };
-        check_name(set).and_then(|()| check_name(version)).map_err(&invalid)?;
-        if vectors.is_empty() {
-            return Err(invalid(format!("no vectors: shape {:?}", vectors.shape())));
-        }
-        if labels.len() != vectors.nrows() {
-            return Err(invalid(format!(
-                "{} labels for {} rows: there must be one label a row",
-                labels.len(),
-                vectors.nrows()
-            )));
-        }
-        if min_score.is_some_and(|s| !(-1.0..=1.0).contains(&s)) {
-            return Err(invalid("min_score must lie in [-1, 1]".to_owned()));
-        }
-        for (row, mut vector) in vectors.rows_mut().into_iter().enumerate() {
-            if let Some(column) = vector.iter().position(|x| !x.is_finite()) {
-                let value = vector[column];
-                return Err(invalid(format!(
-                    "row {row} ({:?}) holds {value} in column {column}",
-                    labels[row]
-                )));
-            }
-            if !normalise(vector.view_mut()) {
-                return Err(invalid(format!("row {row} ({:?}) is zero", labels[row])));
-            }
-        }
+        contents.check(name).map_err(&invalid)?;
+        let Contents { labels, mut vectors, model, min_score, min_scores, created_at, source } =
+            contents;
+        let (scales, norms) = vectors.make_unit().map_err(|(row, what)| {
+            invalid(format!("row {row} ({:?}) {what}", labels.get(row).unwrap_or(&String::new())))
+        })?;
         let (labels, row_class) = number(labels);
+        let min_scores = labels
+            .iter()
+            .enumerate()
+            .filter_map(|(class, label)| Some((class as u32, *min_scores.get(label)?)))
+            .collect();
         Ok(Self {
             set: set.to_owned(),
             version: version.to_owned(),
@@ -143,7 +185,12 @@ impl ClassVectors {
             labels,
             row_class,
             vectors,
+            scales,
+            norms,
             min_score,
+            min_scores,
+            created_at,
+            source,
         })
     }
 
@@ -168,13 +215,22 @@ impl ClassVectors {
     }
 
     /// The distinct labels, in the order of their first row. [`ClassScore::class`] counts them.
-    pub fn labels(&self) -> &[String] {
+    pub fn labels(&self) -> &Labels {
         &self.labels
     }
 
-    /// [rows, dim], unit rows.
-    pub fn vectors(&self) -> ArrayView2<'_, f32> {
-        self.vectors.view()
+    /// [rows, dim], unit rows, or for f16 rows as they are in the file.
+    pub fn vectors(&self) -> &Vectors {
+        &self.vectors
+    }
+
+    /// Row `row` as a unit vector.
+    pub fn unit_row(&self, row: usize) -> Vec<f32> {
+        let mut values = self.vectors.row(row);
+        if let Some(scale) = self.scales.get(row) {
+            values.iter_mut().for_each(|value| *value *= scale);
+        }
+        values
     }
 
     /// The label number of each row.
@@ -182,38 +238,144 @@ impl ClassVectors {
         &self.row_class
     }
 
-    /// Length of a vector.
-    pub fn dim(&self) -> usize {
-        self.vectors.ncols()
+    /// The lengths of the rows in the file.
+    pub fn norms(&self) -> Norms {
+        self.norms
     }
 
-    /// The threshold under which an image's label is unknown, unless its job says otherwise.
+    /// How the values are stored.
+    pub fn precision(&self) -> Precision {
+        self.vectors.precision()
+    }
+
+    /// Length of a vector.
+    pub fn dim(&self) -> usize {
+        self.vectors.dim()
+    }
+
+    /// The set's threshold.
     pub fn min_score(&self) -> Option<f32> {
         self.min_score
     }
 
-    /// What the vectors take in memory, in bytes.
-    pub fn bytes(&self) -> usize {
-        let labels: usize = self.labels.iter().map(|l| l.len() + size_of::<String>()).sum();
-        self.vectors.len() * size_of::<f32>() + self.row_class.len() * size_of::<u32>() + labels
+    /// The threshold of a class: its own, else the set's. Below it an image whose best class this
+    /// is is unknown, unless its job says otherwise.
+    pub fn threshold(&self, class: u32) -> Option<f32> {
+        self.min_scores.get(&class).copied().or(self.min_score)
     }
 
-    /// The best classes of each embedding; `embeddings` is [N, dim] with unit rows.
+    /// The thresholds that single classes have of their own.
+    pub fn min_scores(&self) -> BTreeMap<String, f32> {
+        let label = |class: &u32| self.labels.get(*class as usize).to_owned();
+        self.min_scores.iter().map(|(class, score)| (label(class), *score)).collect()
+    }
+
+    /// When the version was made, RFC 3339, if its file says so.
+    pub fn created_at(&self) -> Option<&str> {
+        self.created_at.as_deref()
+    }
+
+    /// Where the vectors came from, if the file says so.
+    pub fn source(&self) -> Option<&str> {
+        self.source.as_deref()
+    }
+
+    /// What the version takes in memory, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.vectors.bytes()
+            + self.labels.bytes()
+            + self.row_class.len() * size_of::<u32>()
+            + self.scales.len() * size_of::<f32>()
+    }
+
+    /// What a new version with the same vectors is written from.
+    pub fn contents(&self) -> Contents {
+        let labels = self.row_class.iter().map(|c| self.labels.get(*c as usize).to_owned());
+        Contents {
+            labels: labels.collect(),
+            vectors: self.vectors.clone(),
+            model: self.model.clone(),
+            min_score: self.min_score,
+            min_scores: self.min_scores(),
+            created_at: None,
+            source: self.source.clone(),
+        }
+    }
+
+    /// The best classes of each embedding, on the calling thread; `embeddings` is [N, dim] with
+    /// unit rows.
     pub fn score(&self, embeddings: ArrayView2<'_, f32>, top_k: usize) -> Vec<Vec<ClassScore>> {
-        top_classes(embeddings, self.vectors.view(), &self.row_class, top_k)
+        self.score_with(&Scorer::default(), embeddings, top_k)
+    }
+
+    /// The best classes of each embedding, on a scorer's threads.
+    pub fn score_with(
+        &self,
+        scorer: &Scorer,
+        embeddings: ArrayView2<'_, f32>,
+        top_k: usize,
+    ) -> Vec<Vec<ClassScore>> {
+        let rows =
+            ClassRows { vectors: &self.vectors, scales: &self.scales, row_class: &self.row_class };
+        scorer.top_classes(embeddings, rows, top_k)
+    }
+}
+
+/// The distinct labels of a set, in one piece: a million strings of their own would take as much
+/// memory as their vectors' tenth.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Labels {
+    text: String,
+    /// Where each label ends in `text`.
+    ends: Vec<usize>,
+}
+
+impl Labels {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// The label of this number; empty if there is none.
+    pub fn get(&self, class: usize) -> &str {
+        let start = match class.checked_sub(1) {
+            Some(before) => self.ends.get(before).copied().unwrap_or(0),
+            None => 0,
+        };
+        let end = self.ends.get(class).copied().unwrap_or(start);
+        self.text.get(start..end).unwrap_or_default()
+    }
+
+    /// All of them, in order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &str> {
+        (0..self.len()).map(|class| self.get(class))
+    }
+
+    fn push(&mut self, label: &str) {
+        self.text.push_str(label);
+        self.ends.push(self.text.len());
+    }
+
+    fn bytes(&self) -> usize {
+        self.text.len() + self.ends.len() * size_of::<usize>()
     }
 }
 
 /// Distinct labels in the order of first appearance, and each row's number among them.
-fn number(labels: Vec<String>) -> (Vec<String>, Vec<u32>) {
-    let mut numbers: HashMap<String, u32> = HashMap::with_capacity(labels.len());
-    let mut distinct = Vec::new();
+fn number(labels: Vec<String>) -> (Labels, Vec<u32>) {
+    let mut numbers: HashMap<&str, u32> = HashMap::with_capacity(labels.len());
+    let mut distinct = Labels::default();
     let row_class = labels
-        .into_iter()
+        .iter()
         .map(|label| {
             let next = distinct.len() as u32;
-            *numbers.entry(label).or_insert_with_key(|label| {
-                distinct.push(label.clone());
+            *numbers.entry(label).or_insert_with(|| {
+                distinct.push(label);
                 next
             })
         })
@@ -224,20 +386,42 @@ fn number(labels: Vec<String>) -> (Vec<String>, Vec<u32>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ndarray::array;
+    use ndarray::{Array2, array};
 
     fn make(labels: &[&str], vectors: Array2<f32>) -> Result<ClassVectors, ClassesError> {
         let labels = labels.iter().map(|l| (*l).to_owned()).collect();
-        ClassVectors::new(("set", "1"), "m@0".into(), labels, vectors, None)
+        ClassVectors::new(("set", "1"), Contents::new(labels, vectors, "m@0"))
     }
 
     #[test]
     fn rows_are_normalised_and_labels_numbered_in_their_order() {
         let classes = make(&["b", "a", "b"], array![[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]]).unwrap();
-        assert_eq!(classes.labels(), ["b", "a"]);
+        assert_eq!(classes.labels().iter().collect::<Vec<_>>(), ["b", "a"]);
         assert_eq!(classes.row_classes(), [0, 1, 0]);
-        assert_eq!(classes.vectors().row(0).to_vec(), [0.6, 0.8]);
+        assert_eq!(classes.unit_row(0), [0.6, 0.8]);
         assert_eq!(classes.id(), "set@1");
+    }
+
+    #[test]
+    fn the_threshold_of_a_class_wins_over_the_sets() {
+        let mut contents =
+            Contents::new(vec!["a".into(), "b".into()], array![[1.0, 0.0], [0.0, 1.0]], "m@0");
+        contents.min_score = Some(0.3);
+        contents.min_scores = [("b".to_owned(), 0.5), ("not there".to_owned(), 0.9)].into();
+        let classes = ClassVectors::new(("set", "1"), contents.clone()).unwrap();
+        assert_eq!((classes.threshold(0), classes.threshold(1)), (Some(0.3), Some(0.5)));
+        assert_eq!(classes.min_scores(), [("b".to_owned(), 0.5)].into());
+        contents.min_scores.insert("b".into(), 1.5);
+        let message = ClassVectors::new(("set", "1"), contents).unwrap_err().to_string();
+        assert!(message.contains("min_scores") && message.contains("\"b\""), "{message}");
+    }
+
+    #[test]
+    fn labels_lie_in_one_piece_and_are_found_by_number() {
+        let (labels, rows) = number(["ü", "", "x", "ü"].map(str::to_owned).to_vec());
+        assert_eq!(labels.iter().collect::<Vec<_>>(), ["ü", "", "x"]);
+        assert_eq!((labels.get(0), labels.get(2), labels.get(9)), ("ü", "x", ""));
+        assert_eq!(rows, [0, 1, 2, 0]);
     }
 
     #[test]

@@ -336,6 +336,9 @@ pub struct Classified {
     pub label: Option<String>,
     /// Cosine similarity of the best class, in [-1, 1].
     pub score: f32,
+    /// By how much the best class beats the runner-up; absent in a set of one class.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub margin: Option<f32>,
     /// The best classes, best first, each once.
     pub top: Vec<LabelScore>,
     /// The normalised embedding, base64 of little-endian f32, when the job asked for it.
@@ -472,6 +475,7 @@ mod tests {
                         Verdict::Labelled(Classified {
                             label: None,
                             score: 0.25,
+                            margin: Some(0.125),
                             top: vec![LabelScore { label: "cola".into(), score: 0.25 }],
                             embedding: None,
                         }),
@@ -496,7 +500,7 @@ mod tests {
                 "id": "j", "status": "done", "classes": "s@7", "model": "m@0",
                 "backend": "tract-cpu",
                 "images": [
-                    {"uri": "a", "label": null, "score": 0.25,
+                    {"uri": "a", "label": null, "score": 0.25, "margin": 0.125,
                      "top": [{"label": "cola", "score": 0.25}]},
                     {"uri": "b", "error": {"code": "not_found", "message": "gone"}},
                 ],

@@ -172,7 +172,8 @@ impl Core {
             };
             let want = Want {
                 classes: Some(Arc::clone(&classes)),
-                top_k: job.top_k,
+                // The margin needs the runner-up.
+                top_k: job.top_k.max(2),
                 embedding: job.embeddings,
             };
             images.push(self.start_image(uri.clone(), want, slot));
@@ -254,7 +255,6 @@ impl Core {
         attempt: u32,
     ) -> Result<Outcome, JobError> {
         let Admitted { classes, deadline, images } = admitted;
-        let threshold = job.min_score.or(classes.min_score());
         let mut entries = Vec::with_capacity(images.len());
         let mut transient = Vec::new();
         let mut images = images.into_iter();
@@ -264,7 +264,7 @@ impl Core {
                 None => Err(self.out_of_time()),
             };
             let verdict = match outcome {
-                Ok(scored) => Verdict::Labelled(label(scored, &classes, threshold)),
+                Ok(scored) => Verdict::Labelled(label(scored, &classes, job)),
                 Err(error) => {
                     tracing::debug!(job = job.id, uri, code = %error.code, "image failed: {error}");
                     if error.is_transient() {
@@ -381,22 +381,25 @@ impl Core {
     }
 }
 
-/// The image's entry: its best class, unless that is under the threshold.
-fn label(scored: Scored, classes: &ClassVectors, threshold: Option<f32>) -> Classified {
-    let top: Vec<LabelScore> = scored
-        .top
-        .iter()
-        .map(|best| LabelScore {
-            label: classes.labels()[best.class as usize].clone(),
-            score: best.score,
-        })
-        .collect();
-    let score = top.first().map_or(-1.0, |best| best.score);
-    let known = threshold.is_none_or(|threshold| score >= threshold);
+/// The image's entry: its best class, unless that is under the threshold: the job's, else the
+/// class's, else the set's. `scored` lists one class more than the job wants, for the margin.
+fn label(scored: Scored, classes: &ClassVectors, job: &Job) -> Classified {
+    let best = scored.top.first();
+    let score = best.map_or(-1.0, |best| best.score);
+    let threshold = job.min_score.or(best.and_then(|best| classes.threshold(best.class)));
+    let label = |class: u32| classes.labels().get(class as usize).to_owned();
     Classified {
-        label: top.first().filter(|_| known).map(|best| best.label.clone()),
+        label: best
+            .filter(|best| threshold.is_none_or(|t| best.score >= t))
+            .map(|best| label(best.class)),
         score,
-        top,
+        margin: scored.top.get(1).map(|second| score - second.score),
+        top: scored
+            .top
+            .iter()
+            .take(job.top_k)
+            .map(|best| LabelScore { label: label(best.class), score: best.score })
+            .collect(),
         embedding: scored.embedding.as_deref().map(encode_embedding),
     }
 }

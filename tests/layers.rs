@@ -36,6 +36,7 @@ const LAYERS: &[(&str, Layer)] = &[
     ("preprocess", Values),
     ("classes", Values),
     ("classes::file", Values),
+    ("classes::vectors", Values),
     ("source", Ports),
     ("store", Ports),
     ("sink", Ports),
@@ -325,7 +326,7 @@ fn what_is_allowed_is_let_be() {
         ("source::amqp", "use super::{Delivery, JobSource};\nuse crate::amqp::short;\n"),
         ("app", "use crate::{config::Settings, sink::amqp::AmqpSink};\nuse anyhow::Result;\n"),
         ("engine", "mod executor;\nfn f() { executor::spawn(); }\n"),
-        ("classes::build", "use super::file::Contents;\nuse crate::pipeline::Pipeline;\n"),
+        ("classes::build", "use super::file::FORMAT;\nuse crate::pipeline::Pipeline;\n"),
         ("classes", "pub mod catalog;\npub mod file;\n"),
     ] {
         assert_eq!(violations("src/x.rs", module, source, &sources()), [""; 0], "{source}");

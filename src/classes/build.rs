@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ndarray::{Array1, Array2};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::file::Contents;
+use super::Contents;
 use crate::engine::{Scored, SubmitError, Want};
 use crate::error::{FatalError, ImageError};
 use crate::pipeline::Pipeline;
@@ -145,13 +145,9 @@ fn finish(
 impl Built {
     /// What a file of this is written from.
     pub fn contents(&self, model: &str, source: Option<String>) -> Contents {
-        Contents {
-            labels: self.labels.clone(),
-            vectors: self.vectors.clone(),
-            model: model.to_owned(),
-            min_score: None,
-            source,
-        }
+        let mut contents = Contents::new(self.labels.clone(), self.vectors.clone(), model);
+        contents.source = source;
+        contents
     }
 }
 

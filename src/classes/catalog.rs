@@ -180,7 +180,7 @@ impl Catalog {
                 tracing::info!(
                     set,
                     version = classes.version(),
-                    rows = classes.vectors().nrows(),
+                    rows = classes.vectors().rows(),
                     "class vectors are served"
                 );
                 let active = Active { classes: Arc::clone(&classes), checked, failing: None };
@@ -281,6 +281,7 @@ fn check_model(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::classes::Contents;
     use crate::store::local::LocalObjects;
     use ndarray::array;
 
@@ -303,13 +304,8 @@ mod tests {
         }
 
         fn version(&self, set: &str, version: &str, model: &str) -> Vec<u8> {
-            let contents = file::Contents {
-                labels: vec![format!("{set}-{version}")],
-                vectors: array![[1.0, 0.0]],
-                model: model.into(),
-                min_score: None,
-                source: None,
-            };
+            let contents =
+                Contents::new(vec![format!("{set}-{version}")], array![[1.0, 0.0]], model);
             let bytes = file::write(&contents, (set, version)).unwrap();
             self.put(&version_key(set, version), &bytes);
             bytes
@@ -390,13 +386,13 @@ mod tests {
 
     #[tokio::test]
     async fn pinned_versions_stay_within_the_bound_and_the_least_used_goes_first() {
-        let root = Root::new(NOW, 200);
+        let root = Root::new(NOW, 100);
         for version in ["1", "2", "3"] {
             root.version("s", version, "m@1");
         }
         let bytes =
             root.catalog.resolve(&ClassSelector::parse("s@1").unwrap()).await.unwrap().bytes();
-        assert!(3 * bytes <= 200 && 200 < 6 * bytes, "the test counts on it: {bytes}");
+        assert!(3 * bytes <= 100 && 100 < 6 * bytes, "the test counts on it: {bytes}");
         for version in 1..=3 {
             root.ask(&format!("s@{version}")).await.unwrap();
         }

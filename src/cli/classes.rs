@@ -11,7 +11,7 @@ use super::progress::{build_with_progress, report_failed};
 use super::{UsageError, gather};
 use crate::app::App;
 use crate::classes::catalog::version_key;
-use crate::classes::file::{self, Contents};
+use crate::classes::{Contents, file};
 use crate::job::check_name;
 use crate::store::ObjectError;
 
@@ -120,13 +120,9 @@ impl ImportCommand {
         distinct.sort();
         distinct.dedup();
         let rows = vectors.nrows();
-        let contents = Contents {
-            labels,
-            vectors,
-            model: model.fingerprint.clone(),
-            min_score: self.min_score,
-            source: Some(format!("angler classes import {}", self.vectors.display())),
-        };
+        let mut contents = Contents::new(labels, vectors, &model.fingerprint);
+        contents.min_score = self.min_score;
+        contents.source = Some(format!("angler classes import {}", self.vectors.display()));
         let place = self.target.write(app, &contents).await?;
         self.target.report(&place, distinct.len(), rows, 0, &model.fingerprint);
         Ok(())

@@ -15,9 +15,9 @@ use tokio_util::sync::CancellationToken;
 use super::progress::{build_with_progress, progress_bar, report_failed};
 use super::{UsageError, gather};
 use crate::app::{App, is_s3, last_component};
-use crate::classes::ClassVectors;
 use crate::classes::catalog::Catalog;
 use crate::classes::file;
+use crate::classes::{ClassVectors, Contents};
 use crate::job::{ClassSelector, Job, MAX_TOP_K, Run, check_name, hex};
 use crate::model::Model;
 use crate::pipeline::Pipeline;
@@ -91,9 +91,8 @@ impl Classify {
                     hex(&hash.finalize())[..12].to_owned()
                 };
                 let (labels, vectors) = (built.labels, built.vectors);
-                let fingerprint = model.fingerprint.clone();
-                let classes =
-                    ClassVectors::new((&name, &version), fingerprint, labels, vectors, None)?;
+                let contents = Contents::new(labels, vectors, &model.fingerprint);
+                let classes = ClassVectors::new((&name, &version), contents)?;
                 fixed(classes, &model)?
             }
         };

@@ -145,6 +145,7 @@ fn result(index: u64, images: usize) -> JobResult {
     let classified = |n: usize| Classified {
         label: (!n.is_multiple_of(3)).then(|| format!("label \"{n}\"\n\u{1f980}")),
         score: n as f32 / 1000.0 - 0.1234,
+        margin: None,
         top: vec![
             LabelScore { label: format!("label {n}"), score: 0.831_2 },
             LabelScore { label: String::new(), score: -1.0 },

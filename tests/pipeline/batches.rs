@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use angler::classes::catalog::{Catalog, version_key};
-use angler::classes::file::{self, Contents};
+use angler::classes::{Contents, file};
 use angler::embed::fake::FakeEmbedder;
 use angler::job::Outcome;
 use angler::store::ObjectStore;
@@ -110,13 +110,8 @@ async fn each_image_of_a_batch_is_scored_with_its_own_jobs_version() {
         ("colours", "2", ["blau", "rot", "grün"], [blue, red, green]),
         ("other", "1", ["y", "z", "x"], [green, blue, red]),
     ] {
-        let contents = Contents {
-            labels: labels.map(str::to_owned).to_vec(),
-            vectors: ndarray::arr2(&vectors),
-            model: MODEL.into(),
-            min_score: None,
-            source: None,
-        };
+        let contents =
+            Contents::new(labels.map(str::to_owned).to_vec(), ndarray::arr2(&vectors), MODEL);
         let bytes = file::write(&contents, (set, version)).unwrap();
         store.create(&version_key(set, version), bytes.into()).await.unwrap();
     }

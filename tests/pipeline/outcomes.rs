@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use angler::classes::catalog::{Catalog, version_key};
-use angler::classes::file::{self, Contents};
+use angler::classes::{Contents, file};
 use angler::error::{Failure, FailureCode};
 use angler::job::decode_embedding;
 use angler::source::Settlement;
@@ -141,13 +141,8 @@ async fn a_job_that_can_never_work_fails_at_once_and_is_done_with() {
     let _clock = Frozen::clock();
     let root = tempfile::tempdir().unwrap();
     let store: Arc<dyn ObjectStore> = Arc::new(LocalObjects::new(root.path()));
-    let contents = Contents {
-        labels: vec!["a".into()],
-        vectors: ndarray::array![[1.0, 0.0, 0.0]],
-        model: "another@111111111111".into(),
-        min_score: None,
-        source: None,
-    };
+    let contents =
+        Contents::new(vec!["a".into()], ndarray::array![[1.0, 0.0, 0.0]], "another@111111111111");
     let bytes = file::write(&contents, ("alien", "1")).unwrap();
     store.create(&version_key("alien", "1"), bytes.into()).await.unwrap();
     store.create(&version_key("torn", "1"), Bytes::from_static(b"torn")).await.unwrap();

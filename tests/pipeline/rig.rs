@@ -14,8 +14,8 @@ use tokio::task::{JoinHandle, yield_now};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use angler::classes::ClassVectors;
 use angler::classes::catalog::Catalog;
+use angler::classes::{ClassVectors, Contents};
 use angler::embed::fake::FakeEmbedder;
 use angler::embed::{Backend, EmbedError, Embedder};
 use angler::engine::batcher::{BatchPolicy, CloseReason};
@@ -292,7 +292,9 @@ pub fn fixed(min_score: Option<f32>) -> Catalog {
     let labels = ["red", "green", "blue"].map(str::to_owned).to_vec();
     let vectors = array![[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]];
     let name = ("colours", "1");
-    let classes = ClassVectors::new(name, MODEL.into(), labels, vectors, min_score).unwrap();
+    let mut contents = Contents::new(labels, vectors, MODEL);
+    contents.min_score = min_score;
+    let classes = ClassVectors::new(name, contents).unwrap();
     Catalog::fixed(classes, MODEL, 3).unwrap()
 }
 

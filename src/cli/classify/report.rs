@@ -37,7 +37,7 @@ impl Report {
             labels: BTreeMap::new(),
             unknown: 0,
             errors: BTreeMap::new(),
-            known: classes.labels().iter().cloned().collect(),
+            known: classes.labels().iter().map(str::to_owned).collect(),
             in_class_folders: 0,
             agree: 0,
         }
