@@ -4,9 +4,11 @@ pub mod local;
 pub mod s3;
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures_util::stream::BoxStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::{ImageError, ImageErrorCode};
@@ -76,24 +78,132 @@ impl ByteBudget {
     }
 }
 
+/// The most bytes of an object that is read or replaced in one piece: [`ObjectStore::get`] and
+/// [`ObjectStore::replace`].
+pub const SMALL_OBJECT_BYTES: u64 = 1 << 20;
+
 /// The folder or bucket prefix that class sets live under. Keys are relative to it and never begin
 /// with a slash.
+///
+/// Two kinds of objects: large ones that are created once and never change, and small ones that
+/// point at them and are replaced by compare and swap, so that of two writers who saw the same
+/// state one learns that it lost. Nothing is ever overwritten unseen.
 #[async_trait]
 pub trait ObjectStore: Send + Sync {
     /// The full name of a key, for messages.
     fn place(&self, key: &str) -> String;
 
-    /// The object, or none if there is none.
+    /// A small object whole, of at most [`SMALL_OBJECT_BYTES`]; [`Got::Unchanged`] if its ETag is
+    /// `known`.
+    ///
+    /// # Errors
+    /// [`ObjectError::TooLarge`], [`ObjectError::Unavailable`].
+    async fn get(&self, key: &str, known: Option<&ETag>) -> Result<Got, ObjectError>;
+
+    /// An object of any size, as a stream of chunks; none if there is none. Its size is known
+    /// before any of it is read.
     ///
     /// # Errors
     /// [`ObjectError::Unavailable`].
-    async fn get(&self, key: &str) -> Result<Option<Bytes>, ObjectError>;
+    async fn open(&self, key: &str) -> Result<Option<Object>, ObjectError>;
 
     /// Writes an object that does not exist yet, whole or not at all.
     ///
     /// # Errors
     /// [`ObjectError::Exists`] if it does, [`ObjectError::Unavailable`].
     async fn create(&self, key: &str, body: Bytes) -> Result<(), ObjectError>;
+
+    /// Compare and swap of a small object: replaces the one whose ETag is `expected` (none: there
+    /// must be none), whole or not at all. Yields the new ETag.
+    ///
+    /// Writers of the same bytes cannot be told apart, here and in [`create`](Self::create): a
+    /// writer whose answer was lost and who finds its bytes in place has succeeded.
+    ///
+    /// # Errors
+    /// [`ObjectError::Changed`] if it is another by now, [`ObjectError::TooLarge`],
+    /// [`ObjectError::Unavailable`].
+    async fn replace(
+        &self,
+        key: &str,
+        body: Bytes,
+        expected: Option<&ETag>,
+    ) -> Result<ETag, ObjectError>;
+
+    /// Everything directly below a folder's key (empty: the root), sorted by name. Names that begin
+    /// with a dot are left out. A folder that does not exist is empty.
+    ///
+    /// # Errors
+    /// [`ObjectError::Unavailable`].
+    async fn list(&self, folder: &str) -> Result<Vec<Listed>, ObjectError>;
+}
+
+/// Which content an object has, as its store tells it. Opaque: only equality means something.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ETag(String);
+
+impl ETag {
+    /// The ETag that a store gave.
+    pub fn new(given: impl Into<String>) -> Self {
+        Self(given.into())
+    }
+}
+
+/// What [`ObjectStore::get`] found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Got {
+    /// Nothing.
+    Missing,
+    /// What the caller knows.
+    Unchanged,
+    /// The object.
+    Object {
+        /// All of it.
+        bytes: Bytes,
+        /// Names this content in the next `get` or `replace`.
+        etag: ETag,
+    },
+}
+
+/// An object that is about to be read.
+pub struct Object {
+    /// How many bytes the chunks have together.
+    pub bytes: u64,
+    /// The content. It ends after `bytes` bytes or with an error, [`ObjectError::Unavailable`].
+    pub chunks: BoxStream<'static, Result<Bytes, ObjectError>>,
+}
+
+impl std::fmt::Debug for Object {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Object").field("bytes", &self.bytes).finish_non_exhaustive()
+    }
+}
+
+/// An entry of a folder; names are relative to the folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Listed {
+    /// A folder below it.
+    Folder {
+        /// Without a slash.
+        name: String,
+    },
+    /// An object.
+    Object {
+        /// The last part of its key.
+        name: String,
+        /// Its size.
+        bytes: u64,
+        /// When it was last written.
+        modified: SystemTime,
+    },
+}
+
+impl Listed {
+    /// The entry's name.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Folder { name } | Self::Object { name, .. } => name,
+        }
+    }
 }
 
 /// Why an object could not be read or written.
@@ -102,9 +212,22 @@ pub enum ObjectError {
     /// It was there already; it is immutable.
     #[error("{0} exists already, and a version is never overwritten: choose another version")]
     Exists(String),
+    /// Another writer was faster; nothing was written.
+    #[error("{0} was changed by somebody else in between: look at it again, then try again")]
+    Changed(String),
+    /// It is not one of the small objects.
+    #[error("{0} has more than 1 MiB, the most that is read or written of it in one piece")]
+    TooLarge(String),
     /// The store refused or did not answer.
     #[error("{0}")]
     Unavailable(String),
+}
+
+impl ObjectError {
+    /// [`ObjectError::TooLarge`] unless `bytes` are within [`SMALL_OBJECT_BYTES`].
+    fn unless_small(bytes: u64, place: impl FnOnce() -> String) -> Result<(), Self> {
+        if bytes > SMALL_OBJECT_BYTES { Err(Self::TooLarge(place())) } else { Ok(()) }
+    }
 }
 
 /// Routes `s3://` to one store and everything else to another: what `classify` uses.

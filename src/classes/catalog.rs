@@ -9,7 +9,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use tokio::sync::Mutex;
@@ -17,7 +18,7 @@ use tokio::time::Instant;
 
 use super::{ClassVectors, ClassesError, file};
 use crate::job::{ClassSelector, check_name, hex};
-use crate::store::{ObjectError, ObjectStore};
+use crate::store::{Got, ObjectError, ObjectStore};
 
 /// The key of a version's file, relative to the root.
 pub fn version_key(set: &str, version: &str) -> String {
@@ -198,13 +199,15 @@ impl Catalog {
         current: Option<&ClassVectors>,
     ) -> Result<Option<ClassVectors>, ClassesError> {
         let key = active_key(set);
-        let bytes = get(store, &key).await?.ok_or_else(|| ClassesError::UnknownSet {
-            set: set.to_owned(),
-            reason: format!(
-                "{} does not exist, so no version is active (a job can pin one: {set}@VERSION)",
-                store.place(&key)
-            ),
-        })?;
+        let Got::Object { bytes, .. } = store.get(&key, None).await.map_err(unavailable)? else {
+            return Err(ClassesError::UnknownSet {
+                set: set.to_owned(),
+                reason: format!(
+                    "{} does not exist, so no version is active (a job can pin one: {set}@VERSION)",
+                    store.place(&key)
+                ),
+            });
+        };
         let invalid = |reason: String| ClassesError::Invalid { place: store.place(&key), reason };
         let active: ActiveFile =
             serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
@@ -224,7 +227,7 @@ impl Catalog {
     ) -> Result<ClassVectors, ClassesError> {
         let key = version_key(set, version);
         let place = store.place(&key);
-        let bytes = get(store, &key).await?.ok_or_else(|| ClassesError::UnknownVersion {
+        let bytes = read(store, &key).await?.ok_or_else(|| ClassesError::UnknownVersion {
             set: set.to_owned(),
             version: version.to_owned(),
             reason: format!("{place} does not exist"),
@@ -250,10 +253,18 @@ impl Catalog {
     }
 }
 
-async fn get(store: &dyn ObjectStore, key: &str) -> Result<Option<Bytes>, ClassesError> {
-    store.get(key).await.map_err(|e| match e {
-        ObjectError::Exists(m) | ObjectError::Unavailable(m) => ClassesError::Unavailable(m),
-    })
+/// All of an object of any size.
+async fn read(store: &dyn ObjectStore, key: &str) -> Result<Option<Bytes>, ClassesError> {
+    let Some(mut object) = store.open(key).await.map_err(unavailable)? else { return Ok(None) };
+    let mut bytes = BytesMut::new();
+    while let Some(chunk) = object.chunks.next().await {
+        bytes.extend_from_slice(&chunk.map_err(unavailable)?);
+    }
+    Ok(Some(bytes.freeze()))
+}
+
+fn unavailable(error: ObjectError) -> ClassesError {
+    ClassesError::Unavailable(error.to_string())
 }
 
 fn check_model(

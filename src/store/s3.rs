@@ -2,7 +2,9 @@
 //!
 //! Credentials come the AWS way: environment, profile, web identity, instance role. Objects are
 //! read without a HEAD first; the size is in the answer's header, and the body is read only once
-//! it has its share of the byte budget.
+//! it has its share of the byte budget. Class sets live in `objects`.
+
+mod objects;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,11 +18,11 @@ use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::config::{BehaviorVersion, Region};
 use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
-use aws_sdk_s3::primitives::ByteStream;
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use tokio::sync::Semaphore;
 
-use super::{ByteBudget, Fetched, ImageStore, ObjectError, ObjectStore};
+pub use self::objects::S3Objects;
+use super::{ByteBudget, Fetched, ImageStore};
 use crate::error::{ImageError, ImageErrorCode};
 
 /// How to reach the store: `[s3]`.
@@ -240,90 +242,6 @@ fn brief(error: &(dyn std::error::Error + 'static)) -> String {
         cause = inner;
     }
     cause.to_string()
-}
-
-/// Class sets under a bucket's prefix.
-#[derive(Clone)]
-pub struct S3Objects {
-    client: Client,
-    root: S3Uri,
-}
-
-impl S3Objects {
-    /// Objects under `root`, with or without a slash at its end.
-    pub fn new(client: Client, mut root: S3Uri) -> Self {
-        if !root.key.is_empty() && !root.key.ends_with('/') {
-            root.key.push('/');
-        }
-        Self { client, root }
-    }
-
-    fn key(&self, key: &str) -> String {
-        format!("{}{key}", self.root.key)
-    }
-}
-
-#[async_trait]
-impl ObjectStore for S3Objects {
-    fn place(&self, key: &str) -> String {
-        format!("s3://{}/{}{key}", self.root.bucket, self.root.key)
-    }
-
-    async fn get(&self, key: &str) -> Result<Option<Bytes>, ObjectError> {
-        let request = self.client.get_object().bucket(&self.root.bucket).key(self.key(key));
-        let object = match request.send().await {
-            Ok(object) => object,
-            Err(SdkError::ServiceError(e)) if e.err().code() == Some("NoSuchKey") => {
-                return Ok(None);
-            }
-            Err(e) => return Err(self.unavailable(key, &e)),
-        };
-        let body = object.body.collect().await;
-        let body =
-            body.map_err(|e| ObjectError::Unavailable(format!("{}: {e}", self.place(key))))?;
-        Ok(Some(body.into_bytes()))
-    }
-
-    async fn create(&self, key: &str, body: Bytes) -> Result<(), ObjectError> {
-        let answer = self
-            .client
-            .put_object()
-            .bucket(&self.root.bucket)
-            .key(self.key(key))
-            // Conditional write: of two writers at once, one gets 412.
-            .if_none_match("*")
-            .body(ByteStream::from(body))
-            .send()
-            .await;
-        match answer {
-            Ok(_) => Ok(()),
-            Err(SdkError::ServiceError(e)) if matches!(e.raw().status().as_u16(), 409 | 412) => {
-                Err(ObjectError::Exists(self.place(key)))
-            }
-            Err(e) => Err(self.unavailable(key, &e)),
-        }
-    }
-}
-
-impl S3Objects {
-    fn unavailable<E>(
-        &self,
-        key: &str,
-        error: &SdkError<E, aws_sdk_s3::config::http::HttpResponse>,
-    ) -> ObjectError
-    where
-        E: ProvideErrorMetadata + std::error::Error + 'static,
-    {
-        let reason = match error {
-            SdkError::ServiceError(answer) => format!(
-                "the store answered {} {}",
-                answer.raw().status().as_u16(),
-                answer.err().code().unwrap_or("without an error code")
-            ),
-            other => brief(other),
-        };
-        ObjectError::Unavailable(format!("{}: {reason}", self.place(key)))
-    }
 }
 
 #[cfg(test)]

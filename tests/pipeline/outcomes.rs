@@ -9,7 +9,7 @@ use angler::error::{Failure, FailureCode};
 use angler::job::decode_embedding;
 use angler::source::Settlement;
 use angler::store::local::LocalObjects;
-use angler::store::{ObjectError, ObjectStore};
+use angler::store::{ETag, Got, Listed, Object, ObjectError, ObjectStore};
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde_json::json;
@@ -176,7 +176,19 @@ impl ObjectStore for Away {
         format!("away/{key}")
     }
 
-    async fn get(&self, _: &str) -> Result<Option<Bytes>, ObjectError> {
+    async fn get(&self, _: &str, _: Option<&ETag>) -> Result<Got, ObjectError> {
+        Err(ObjectError::Unavailable("the store is away".into()))
+    }
+
+    async fn open(&self, _: &str) -> Result<Option<Object>, ObjectError> {
+        Err(ObjectError::Unavailable("the store is away".into()))
+    }
+
+    async fn replace(&self, _: &str, _: Bytes, _: Option<&ETag>) -> Result<ETag, ObjectError> {
+        Err(ObjectError::Unavailable("the store is away".into()))
+    }
+
+    async fn list(&self, _: &str) -> Result<Vec<Listed>, ObjectError> {
         Err(ObjectError::Unavailable("the store is away".into()))
     }
 

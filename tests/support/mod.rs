@@ -305,10 +305,15 @@ pub struct Bucket {
 
 /// A client of the test store with these keys.
 pub fn s3_client(key: &str, secret: &str) -> aws_sdk_s3::Client {
+    s3_client_at(&var("ANGLER_TEST_S3_ENDPOINT"), key, secret)
+}
+
+/// A client of another address.
+pub fn s3_client_at(endpoint: &str, key: &str, secret: &str) -> aws_sdk_s3::Client {
     let config = aws_sdk_s3::Config::builder()
         .behavior_version(aws_sdk_s3::config::BehaviorVersion::v2026_01_12())
         .region(aws_sdk_s3::config::Region::new("us-east-1"))
-        .endpoint_url(var("ANGLER_TEST_S3_ENDPOINT"))
+        .endpoint_url(endpoint)
         .force_path_style(true)
         .credentials_provider(aws_sdk_s3::config::Credentials::new(key, secret, None, None, "test"))
         .build();
