@@ -4,6 +4,7 @@
 //! pause, for as long as it takes. Consuming and publishing have a connection each, so that a
 //! broker that blocks publishers (memory or disk alarm) does not stop acks.
 
+pub mod control;
 pub mod publisher;
 pub mod topology;
 

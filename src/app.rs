@@ -7,9 +7,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::sync::OnceCell;
+use tokio_util::task::AbortOnDropHandle;
 
+use crate::amqp::control::ControlListener;
 use crate::amqp::publisher::Publisher;
 use crate::classes::catalog::Catalog;
+use crate::classes::shadow::Shadow;
 use crate::config::{Settings, redacted};
 use crate::embed;
 use crate::engine::Engine;
@@ -81,7 +84,8 @@ impl App {
             let opened = embed::open(model, &self.settings.embed_options())?;
             tracing::info!(model = model.fingerprint, "back end {}", opened.reason);
             let size = (model.pixels.width, model.pixels.height);
-            Ok(Engine::start(opened.embedders, self.settings.batch_policy(), size)?)
+            let policy = self.settings.batch_policy();
+            Ok(Engine::start(opened.embedders, policy, size, self.settings.scorer())?)
         })
     }
 
@@ -112,14 +116,8 @@ impl App {
     /// # Errors
     /// If the root cannot be used.
     pub async fn catalog(&self, model: &Model) -> Result<Catalog> {
-        let c = &self.settings.classes;
-        Ok(Catalog::new(
-            self.class_root().await?,
-            &model.fingerprint,
-            model.dim,
-            Duration::from_secs_f64(c.poll_seconds),
-            c.cache_bytes,
-        ))
+        let options = self.settings.catalog_options();
+        Ok(Catalog::new(self.class_root().await?, &model.fingerprint, model.dim, options))
     }
 
     /// What a worker is told; `jobs_in_flight` bounds admitted jobs.
@@ -137,6 +135,7 @@ impl App {
             job_time: Duration::from_secs_f64(s.limits.job_seconds),
             grace: Duration::from_secs(s.shutdown.grace_seconds),
             retry: s.retry_schedule(),
+            shadow: None,
         }
     }
 
@@ -149,11 +148,13 @@ impl App {
         let name = worker_name();
         let model = self.model()?;
         let engine = self.engine(&model)?;
-        let catalog = self.catalog(&model).await?;
+        let catalog = Arc::new(self.catalog(&model).await?);
+        readiness.set_catalog(Arc::clone(&catalog));
         for selector in s.preload()? {
             let loaded = catalog.resolve(&selector).await;
             loaded.with_context(|| format!("classes.preload: {selector}"))?;
         }
+        let shadow = s.shadow()?.map(|selector| Arc::new(Shadow::new(selector)));
         readiness.set_warm();
         let store = Arc::new(self.s3_images().await);
         let pipeline = self.pipeline(&model, engine.clone(), store);
@@ -173,9 +174,46 @@ impl App {
             s.amqp.results_queue.clone(),
             s.amqp.reply_to_allow.clone(),
         ));
-        let options = self.worker_options(&name, &model, usize::from(s.amqp.prefetch));
-        let worker = Worker::new(source, sink, pipeline, Arc::new(catalog), options);
-        Ok(Daemon { worker, publisher, engine })
+        let listener = Arc::new(ControlListener::new(
+            s.amqp_options(&name),
+            s.topology(),
+            Arc::clone(&catalog),
+            shadow.clone(),
+        ));
+        let watched = Arc::clone(&catalog);
+        let mut followers = vec![
+            AbortOnDropHandle::new(tokio::spawn(listener.run())),
+            AbortOnDropHandle::new(tokio::spawn(async move { watched.watch().await })),
+        ];
+        if let Some(shadow) = &shadow {
+            let (catalog, shadow) = (Arc::clone(&catalog), Arc::clone(shadow));
+            let poll = s.catalog_options().poll;
+            let loading = async move { load_shadow(&catalog, &shadow, poll).await };
+            followers.push(AbortOnDropHandle::new(tokio::spawn(loading)));
+        }
+        let mut options = self.worker_options(&name, &model, usize::from(s.amqp.prefetch));
+        options.shadow = shadow;
+        let worker = Worker::new(source, sink, pipeline, Arc::clone(&catalog), options);
+        Ok(Daemon { worker, publisher, engine, followers })
+    }
+}
+
+/// Loads the candidate that is tried. It may not be there yet, and nothing waits for it.
+async fn load_shadow(catalog: &Catalog, shadow: &Shadow, poll: Duration) {
+    let mut failing = String::new();
+    loop {
+        match catalog.resolve(shadow.selector()).await {
+            Ok(classes) => {
+                tracing::info!(candidate = classes.id(), "tried beside what is served");
+                return shadow.set_candidate(classes);
+            }
+            Err(error) if error.to_string() != failing => {
+                failing = error.to_string();
+                tracing::warn!("classes.shadow cannot be tried yet: {failing}");
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(poll).await;
     }
 }
 
@@ -187,6 +225,8 @@ pub struct Daemon {
     pub publisher: Arc<Publisher>,
     /// Runs the model.
     pub engine: Engine,
+    /// Follow the active versions until they are dropped.
+    pub followers: Vec<AbortOnDropHandle<()>>,
 }
 
 /// The host's name: in a container it is the container's or the pod's.

@@ -4,9 +4,13 @@
 //! which finds the active version and keeps what it loaded. Whoever holds an `Arc<ClassVectors>`
 //! keeps its version alive; nothing is ever changed in place.
 
+pub mod active;
 pub mod build;
 pub mod catalog;
 pub mod file;
+pub mod load;
+pub mod publish;
+pub mod shadow;
 pub mod vectors;
 
 use std::collections::{BTreeMap, HashMap};

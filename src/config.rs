@@ -10,11 +10,13 @@ use serde::Deserialize;
 
 use crate::amqp::AmqpOptions;
 use crate::amqp::topology::Topology;
+use crate::classes::catalog::CatalogOptions;
 use crate::embed::{self, BackendChoice};
 use crate::engine::batcher::BatchPolicy;
 use crate::job::{ClassSelector, JobLimits};
 use crate::pipeline::ImageLimits;
 use crate::retry::RetrySchedule;
+use crate::score::Scorer;
 use crate::store::s3::S3Options;
 
 /// The documented defaults.
@@ -70,7 +72,9 @@ section!(/** `[classes]` */ ClassesSettings {
     root: String,
     poll_seconds: f64,
     cache_bytes: usize,
+    version_bytes: u64,
     preload: Vec<String>,
+    shadow: String,
 });
 section!(/** `[amqp]` */ AmqpSettings {
     url: String,
@@ -192,8 +196,8 @@ impl Settings {
         if let Some((key, value)) = seconds.iter().find(|(_, s)| wrong(*s, 0.001)) {
             return Err(SettingsError(format!("{key} = {value} must be between 0.001 and 86400")));
         }
-        if wrong(self.classes.poll_seconds, 0.0) {
-            return Err(SettingsError("classes.poll_seconds must be 0 to 86400".to_owned()));
+        if wrong(self.classes.poll_seconds, 0.1) {
+            return Err(SettingsError("classes.poll_seconds must be 0.1 to 86400".to_owned()));
         }
         if self.retry.delays_seconds.iter().any(|s| wrong(*s, 0.001)) {
             return Err(SettingsError(
@@ -207,6 +211,7 @@ impl Settings {
             ));
         }
         self.preload()?;
+        self.shadow()?;
         Ok(())
     }
 
@@ -291,6 +296,37 @@ impl Settings {
             control_exchange: a.control_exchange.clone(),
             retry_delays: self.retry_schedule().delays,
         }
+    }
+
+    /// How class vectors are found and kept.
+    pub fn catalog_options(&self) -> CatalogOptions {
+        CatalogOptions {
+            poll: Duration::from_secs_f64(self.classes.poll_seconds),
+            cache_bytes: self.classes.cache_bytes,
+            version_bytes: self.classes.version_bytes,
+        }
+    }
+
+    /// The threads that large class sets are scored on: those that one session of the model has,
+    /// which waits meanwhile.
+    pub fn scorer(&self) -> Scorer {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = self.embedder.threads;
+        Scorer::new(if threads == 0 { cores } else { threads })
+    }
+
+    /// `classes.shadow`
+    ///
+    /// # Errors
+    /// [`SettingsError`] if it is no version of a class set.
+    pub fn shadow(&self) -> Result<Option<ClassSelector>, SettingsError> {
+        let Some(text) = some(&self.classes.shadow) else { return Ok(None) };
+        let wrong = |e: String| SettingsError(format!("classes.shadow: {e}"));
+        let selector = ClassSelector::parse(&text).map_err(wrong)?;
+        if selector.version.is_none() {
+            return Err(wrong(format!("{text:?} names no version; write {text}@VERSION")));
+        }
+        Ok(Some(selector))
     }
 
     /// `classes.preload`
@@ -427,6 +463,8 @@ mod tests {
             ("[limits]\nimage_seconds = 0", "limits.image_seconds"),
             ("[retry]\ndelays_seconds = [-1]", "retry.delays_seconds"),
             ("[classes]\npreload = [\"../x\"]", "classes.preload"),
+            ("[classes]\nshadow = \"bottles\"", "classes.shadow"),
+            ("[classes]\npoll_seconds = 0", "classes.poll_seconds"),
             ("[amqp]\nclient_key_file = \"k\"", "amqp.client_cert_file"),
             ("[amqp]\nprefetch = 70000", "prefetch"),
         ] {

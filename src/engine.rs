@@ -19,7 +19,7 @@ use crate::classes::ClassVectors;
 use crate::embed::{Backend, Embedder};
 use crate::error::{FatalError, ImageError, ImageErrorCode};
 use crate::preprocess::Pixels;
-use crate::score::ClassScore;
+use crate::score::{ClassScore, Scorer};
 use batcher::{BatchPolicy, CloseReason};
 
 /// What is wanted of one image.
@@ -29,6 +29,8 @@ pub struct Want {
     pub classes: Option<Arc<ClassVectors>>,
     /// How many of the best classes are listed.
     pub top_k: usize,
+    /// Another version to score against as well, from the same embedding.
+    pub shadow: Option<Arc<ClassVectors>>,
     /// Whether the normalised embedding comes back.
     pub embedding: bool,
 }
@@ -38,6 +40,8 @@ pub struct Want {
 pub struct Scored {
     /// The best classes, best first; empty if no classes were given.
     pub top: Vec<ClassScore>,
+    /// The shadow version's best two, best first; empty if there is none.
+    pub shadow: Vec<ClassScore>,
     /// The normalised embedding, if wanted.
     pub embedding: Option<Vec<f32>>,
 }
@@ -137,6 +141,7 @@ impl Engine {
     /// tokio runtime.
     ///
     /// * `size`: width and height of the pixels that will be submitted.
+    /// * `scorer`: the threads that large sets are scored on.
     ///
     /// # Errors
     /// [`FatalError::Engine`] if there is no embedder, one fails on a black image, or a thread
@@ -145,6 +150,7 @@ impl Engine {
         embedders: Vec<Box<dyn Embedder>>,
         policy: BatchPolicy,
         (width, height): (u32, u32),
+        scorer: Scorer,
     ) -> Result<Self, FatalError> {
         let fatal = |e: String| FatalError::Engine(e);
         let backend = embedders
@@ -164,6 +170,7 @@ impl Engine {
             in_flight: in_flight.clone(),
             broken: Arc::new(break_it),
             stats: Arc::clone(&stats),
+            scorer,
         };
         let lanes = embedders.len();
         let threads = embedders

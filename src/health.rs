@@ -1,27 +1,38 @@
 //! `/livez` and `/readyz`: whether the process should be restarted, and whether it takes work.
+//! `/status`: which class vectors it serves, and which it refused, as JSON.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{HeaderName, StatusCode, header};
 use axum::routing::get;
+use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::classes::catalog::Catalog;
+
 /// What has to be true for a worker to be ready.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Readiness {
     warm: AtomicBool,
     consuming: AtomicBool,
+    catalog: OnceLock<Arc<Catalog>>,
 }
 
 impl Readiness {
     /// The model has run once and the class sets to preload are loaded.
     pub fn set_warm(&self) {
         self.warm.store(true, Ordering::Release);
+    }
+
+    /// Whose class vectors `/status` tells of.
+    pub fn set_catalog(&self, catalog: Arc<Catalog>) {
+        // There is one catalog a process.
+        let _ = self.catalog.set(catalog);
     }
 
     /// Whether jobs are being consumed.
@@ -51,6 +62,7 @@ pub async fn serve(
     let routes = Router::new()
         .route("/livez", get(async || "alive\n"))
         .route("/readyz", get(ready))
+        .route("/status", get(status))
         .with_state(readiness);
     let server = tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, routes).await {
@@ -58,6 +70,15 @@ pub async fn serve(
         }
     });
     Ok((address, AbortOnDropHandle::new(server)))
+}
+
+async fn status(
+    State(readiness): State<Arc<Readiness>>,
+) -> ([(HeaderName, &'static str); 1], String) {
+    let classes = readiness.catalog.get().map(|catalog| catalog.status()).unwrap_or_default();
+    let missing = readiness.missing();
+    let status = json!({ "ready": missing.is_none(), "missing": missing, "classes": classes });
+    ([(header::CONTENT_TYPE, "application/json")], format!("{status}\n"))
 }
 
 async fn ready(State(readiness): State<Arc<Readiness>>) -> (StatusCode, String) {

@@ -19,6 +19,7 @@ pub mod app;
 pub mod classes;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod embed;
 pub mod engine;
 pub mod error;

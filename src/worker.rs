@@ -20,6 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::classes::ClassVectors;
 use crate::classes::catalog::Catalog;
+use crate::classes::shadow::{Opinion, Shadow};
 use crate::embed::Backend;
 use crate::engine::{Scored, SubmitError, Want};
 use crate::error::{Failure, FailureCode, FatalError, ImageError, ImageErrorCode, JobError};
@@ -47,6 +48,8 @@ pub struct WorkerOptions {
     pub grace: Duration,
     /// When failed jobs are tried again.
     pub retry: RetrySchedule,
+    /// A version that is tried beside the one that is served.
+    pub shadow: Option<Arc<Shadow>>,
 }
 
 /// Takes jobs from a source, classifies their images and hands results to a sink.
@@ -123,8 +126,19 @@ impl Worker {
                     None => return Ok(()),
                 },
             };
-            let admitted = self.core.admit(&delivery, stop).await;
             let core = Arc::clone(&self.core);
+            // Class vectors that are not in memory are loaded beside the way: the jobs behind this
+            // one do not wait for them.
+            if core.must_load(&delivery) {
+                let stop = stop.clone();
+                jobs.spawn(async move {
+                    let _slot = slot;
+                    let admitted = core.admit(&delivery, &stop).await;
+                    core.finish(delivery, admitted).await
+                });
+                continue;
+            }
+            let admitted = core.admit(&delivery, stop).await;
             jobs.spawn(async move {
                 let _slot = slot;
                 core.finish(delivery, admitted).await
@@ -144,6 +158,8 @@ fn ended_well(
 /// A job whose images are all on their way.
 struct Admitted {
     classes: Arc<ClassVectors>,
+    /// The shadow version, if it is tried on this job.
+    candidate: Option<Arc<ClassVectors>>,
     deadline: Instant,
     /// In the job's order, and fewer than it has if its time ran out before the last had a place;
     /// an image whose handle is dropped is given up.
@@ -151,6 +167,11 @@ struct Admitted {
 }
 
 impl Core {
+    /// Whether the job's class vectors are not in memory yet.
+    fn must_load(&self, delivery: &Delivery) -> bool {
+        delivery.job.as_ref().is_ok_and(|job| self.catalog.loaded(&job.classes).is_none())
+    }
+
     /// Chooses the version and starts every image, each as soon as there is a place for it.
     async fn admit(
         &self,
@@ -158,7 +179,13 @@ impl Core {
         stop: &CancellationToken,
     ) -> Result<Admitted, JobError> {
         let job = delivery.job.as_ref().map_err(|malformed| malformed.failure.clone())?;
-        let classes = self.catalog.resolve(&job.classes).await?;
+        let classes = tokio::select! {
+            biased;
+            () = stop.cancelled() => return Err(JobError::Abandoned("the worker is stopping")),
+            () = delivery.lost.cancelled() => return Err(JobError::Abandoned("its connection is gone")),
+            classes = self.catalog.resolve(&job.classes) => classes?,
+        };
+        let candidate = self.options.shadow.as_ref().and_then(|shadow| shadow.beside(&classes));
         let deadline = Instant::now() + self.options.job_time;
         let mut images = Vec::with_capacity(job.images.len());
         for ImageRef { uri, .. } in &job.images {
@@ -175,10 +202,11 @@ impl Core {
                 // The margin needs the runner-up.
                 top_k: job.top_k.max(2),
                 embedding: job.embeddings,
+                shadow: candidate.clone(),
             };
             images.push(self.start_image(uri.clone(), want, slot));
         }
-        Ok(Admitted { classes, deadline, images })
+        Ok(Admitted { classes, candidate, deadline, images })
     }
 
     fn start_image(
@@ -254,7 +282,7 @@ impl Core {
         admitted: Admitted,
         attempt: u32,
     ) -> Result<Outcome, JobError> {
-        let Admitted { classes, deadline, images } = admitted;
+        let Admitted { classes, candidate, deadline, images } = admitted;
         let mut entries = Vec::with_capacity(images.len());
         let mut transient = Vec::new();
         let mut images = images.into_iter();
@@ -264,7 +292,14 @@ impl Core {
                 None => Err(self.out_of_time()),
             };
             let verdict = match outcome {
-                Ok(scored) => Verdict::Labelled(label(scored, &classes, job)),
+                Ok(scored) => {
+                    if let (Some(shadow), Some(candidate)) = (&self.options.shadow, &candidate) {
+                        let now = Opinion::of(&classes, &scored.top, job.min_score);
+                        let then = Opinion::of(candidate, &scored.shadow, job.min_score);
+                        shadow.count(uri, &classes.id(), now, then);
+                    }
+                    Verdict::Labelled(label(&scored, &classes, job))
+                }
                 Err(error) => {
                     tracing::debug!(job = job.id, uri, code = %error.code, "image failed: {error}");
                     if error.is_transient() {
@@ -382,24 +417,18 @@ impl Core {
 }
 
 /// The image's entry: its best class, unless that is under the threshold: the job's, else the
-/// class's, else the set's. `scored` lists one class more than the job wants, for the margin.
-fn label(scored: Scored, classes: &ClassVectors, job: &Job) -> Classified {
-    let best = scored.top.first();
-    let score = best.map_or(-1.0, |best| best.score);
-    let threshold = job.min_score.or(best.and_then(|best| classes.threshold(best.class)));
-    let label = |class: u32| classes.labels().get(class as usize).to_owned();
+/// class's, else the set's. `scored` lists two classes at least, for the margin.
+fn label(scored: &Scored, classes: &ClassVectors, job: &Job) -> Classified {
+    let Opinion { label, score, margin } = Opinion::of(classes, &scored.top, job.min_score);
+    let top = scored.top.iter().take(job.top_k).map(|best| LabelScore {
+        label: classes.labels().get(best.class as usize).to_owned(),
+        score: best.score,
+    });
     Classified {
-        label: best
-            .filter(|best| threshold.is_none_or(|t| best.score >= t))
-            .map(|best| label(best.class)),
+        label: label.map(str::to_owned),
         score,
-        margin: scored.top.get(1).map(|second| score - second.score),
-        top: scored
-            .top
-            .iter()
-            .take(job.top_k)
-            .map(|best| LabelScore { label: label(best.class), score: best.score })
-            .collect(),
+        margin,
+        top: top.collect(),
         embedding: scored.embedding.as_deref().map(encode_embedding),
     }
 }

@@ -90,7 +90,11 @@ impl Topology {
         Ok(mismatches)
     }
 
-    async fn declare_control(&self, channel: &Channel) -> Result<(), lapin::Error> {
+    /// Declares the control exchange.
+    ///
+    /// # Errors
+    /// What the broker said.
+    pub async fn declare_control(&self, channel: &Channel) -> Result<(), lapin::Error> {
         let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
         channel
             .exchange_declare(

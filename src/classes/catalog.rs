@@ -1,69 +1,109 @@
-//! Finds and keeps class vectors: which version is active, and what is loaded.
+//! Finds and keeps class vectors: which version of a set is served, and what is loaded.
 //!
-//! A set's `active.json` is read when the set is first asked for and again after `poll`; a version
-//! is loaded and checked before it replaces another, so one that fails validation never replaces
-//! one that works. Versions are immutable, so what was loaded is never read twice; what no set has
-//! active is kept in a cache bounded in bytes, least recently used out first.
+//! A set is loaded when it is first asked for. From then on it is followed in the background:
+//! [`Catalog::refresh`] when its change is announced, [`Catalog::watch`] by polling `active.json`
+//! with its ETag. A new version is read and checked off the jobs' way, then one pointer is swapped:
+//! jobs that were admitted before keep the old version, whose memory is freed with the last of
+//! them. A version that fails validation never replaces one that works; it is refused, logged once,
+//! counted, and part of the status.
+//!
+//! Pinned versions are loaded on demand, one load for all who wait for it, and kept in a cache
+//! bounded in bytes, least recently used out first.
 
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
 
-use bytes::{Bytes, BytesMut};
-use futures_util::StreamExt;
-use serde::Deserialize;
-use sha2::{Digest, Sha256};
-use tokio::sync::Mutex;
-use tokio::time::Instant;
+use futures_util::{StreamExt, stream};
+use tokio::sync::Mutex as Turn;
+use tokio::time::{Instant, sleep, timeout};
 
-use super::{ClassVectors, ClassesError, file};
-use crate::job::{ClassSelector, check_name, hex};
-use crate::store::{Got, ObjectError, ObjectStore};
+use super::active::Active;
+use super::file::Expected;
+use super::load::{self, Loaded, SILENCE, unavailable};
+use super::{ClassVectors, ClassesError};
+use crate::control::{Refused, SetStatus};
+use crate::job::ClassSelector;
+use crate::store::{ETag, Got, ObjectStore};
 
-/// The key of a version's file, relative to the root.
-pub fn version_key(set: &str, version: &str) -> String {
-    format!("{set}/{version}.safetensors")
-}
+pub use super::load::{active_key, version_key};
 
-/// The key of the file that names a set's active version, relative to the root.
-pub fn active_key(set: &str) -> String {
-    format!("{set}/active.json")
-}
-
-/// What `active.json` says; fields that are not needed to load the version are not read.
-#[derive(Debug, Deserialize)]
-struct ActiveFile {
-    version: String,
-    sha256: Option<String>,
-}
+/// Sets and pinned versions that are remembered although nothing is loaded for them, at most: jobs
+/// can name what does not exist as often as they like.
+const REMEMBERED: usize = 1024;
+/// How long it is remembered that a version or a set does not exist: it may be made any moment.
+const ABSENCE: Duration = Duration::from_secs(1);
+/// Sets that are polled at once.
+const POLLS: usize = 8;
 
 /// Resolves `set` and `set@version` to vectors in memory.
 pub struct Catalog {
     origin: Origin,
-    model: String,
-    dim: usize,
-    state: Mutex<State>,
+    expected: Expected,
+}
+
+/// How a catalog over a root behaves.
+#[derive(Debug, Clone, Copy)]
+pub struct CatalogOptions {
+    /// How often `active.json` is looked at without an announcement, and for how long a version
+    /// that was refused is not tried again.
+    pub poll: Duration,
+    /// What pinned versions may take in memory, in bytes.
+    pub cache_bytes: usize,
+    /// The largest file of a version, in bytes.
+    pub version_bytes: u64,
 }
 
 enum Origin {
     /// One version for everything: what `classify` runs with.
     Fixed(Arc<ClassVectors>),
     /// Files under a root.
-    Root { store: Arc<dyn ObjectStore>, poll: Duration, cache_bytes: usize },
+    Root(Root),
+}
+
+struct Root {
+    store: Arc<dyn ObjectStore>,
+    options: CatalogOptions,
+    state: Mutex<State>,
+    /// One pinned version is loaded at a time, so that many do not fill the memory at once.
+    pinned_loads: Turn<()>,
 }
 
 #[derive(Default)]
 struct State {
-    active: HashMap<String, Active>,
-    /// Pinned versions, the least recently used first.
-    pinned: Vec<Arc<ClassVectors>>,
+    sets: HashMap<String, Arc<Set>>,
+    /// The least recently used first.
+    pinned: Vec<Arc<Pinned>>,
 }
 
-struct Active {
-    classes: Arc<ClassVectors>,
-    checked: Instant,
-    /// The last failure to follow `active.json`, so that it is logged once and not at every poll.
-    failing: Option<String>,
+/// One set's active version.
+struct Set {
+    name: String,
+    /// Held by whoever looks at `active.json`; the ETag of the one that was dealt with last.
+    turn: Turn<Option<ETag>>,
+    seen: Mutex<Seen>,
+}
+
+#[derive(Default)]
+struct Seen {
+    serving: Option<Loaded>,
+    since: Option<SystemTime>,
+    swaps: u64,
+    refusals: u64,
+    refused: Option<Refused>,
+    /// Whether what was refused may pass by itself: the store did not answer.
+    passing: bool,
+    /// While nothing is served: why, and until when that is taken for granted.
+    failure: Option<(ClassesError, Instant)>,
+}
+
+/// One pinned version.
+struct Pinned {
+    set: String,
+    version: String,
+    /// Held by whoever loads it; the failure of the last who tried, and until when it holds.
+    turn: Turn<Option<(ClassesError, Instant)>>,
+    loaded: OnceLock<Loaded>,
 }
 
 impl Catalog {
@@ -72,9 +112,9 @@ impl Catalog {
     /// # Errors
     /// [`ClassesError`] if they were made with another model.
     pub fn fixed(classes: ClassVectors, model: &str, dim: usize) -> Result<Self, ClassesError> {
-        check_model(&classes, model, dim, &classes.id())?;
-        let origin = Origin::Fixed(Arc::new(classes));
-        Ok(Self { origin, model: model.to_owned(), dim, state: Mutex::default() })
+        let expected = Expected { model: model.to_owned(), dim };
+        expected.check(&classes.id(), classes.model(), classes.dim())?;
+        Ok(Self { origin: Origin::Fixed(Arc::new(classes)), expected })
     }
 
     /// A catalog over the files under a root, for the model of this fingerprint and dimension.
@@ -82,14 +122,31 @@ impl Catalog {
         store: Arc<dyn ObjectStore>,
         model: &str,
         dim: usize,
-        poll: Duration,
-        cache_bytes: usize,
+        options: CatalogOptions,
     ) -> Self {
-        let origin = Origin::Root { store, poll, cache_bytes };
-        Self { origin, model: model.to_owned(), dim, state: Mutex::default() }
+        let root = Root { store, options, state: Mutex::default(), pinned_loads: Turn::default() };
+        let expected = Expected { model: model.to_owned(), dim };
+        Self { origin: Origin::Root(root), expected }
     }
 
-    /// The vectors that a job is scored against.
+    /// The vectors that a job is scored against, if they are in memory.
+    pub fn loaded(&self, selector: &ClassSelector) -> Option<Arc<ClassVectors>> {
+        let root = match &self.origin {
+            Origin::Fixed(classes) => return Some(Arc::clone(classes)),
+            Origin::Root(root) => root,
+        };
+        let mut state = root.state();
+        let serving = state.sets.get(&selector.set).and_then(|set| set.serving());
+        match &selector.version {
+            None => serving.map(|loaded| loaded.classes),
+            Some(version) => serving
+                .filter(|loaded| loaded.classes.version() == version)
+                .or_else(|| state.use_pinned(&selector.set, version)?.loaded.get().cloned())
+                .map(|loaded| loaded.classes),
+        }
+    }
+
+    /// The vectors that a job is scored against, loaded if need be.
     ///
     /// # Errors
     /// [`ClassesError`]; [`ClassesError::Unavailable`] is the only one that may pass by itself.
@@ -97,215 +154,429 @@ impl Catalog {
         &self,
         selector: &ClassSelector,
     ) -> Result<Arc<ClassVectors>, ClassesError> {
-        let (store, poll, cache_bytes) = match &self.origin {
-            Origin::Fixed(classes) => return Ok(Arc::clone(classes)),
-            Origin::Root { store, poll, cache_bytes } => (store, *poll, *cache_bytes),
-        };
-        // One lock for look-up and load: whoever asks for what is being loaded waits for that load.
-        let mut state = self.state.lock().await;
+        if let Some(classes) = self.loaded(selector) {
+            return Ok(classes);
+        }
+        let Origin::Root(root) = &self.origin else { unreachable!("`loaded` answers for it") };
         match &selector.version {
-            Some(version) => {
-                self.pinned(store.as_ref(), cache_bytes, &mut state, &selector.set, version).await
-            }
-            None => self.active(store.as_ref(), poll, &mut state, &selector.set).await,
+            None => self.first(root, &root.set(&selector.set)).await,
+            Some(version) => self.pin(root, &root.pinned(&selector.set, version)).await,
         }
     }
 
-    async fn pinned(
-        &self,
-        store: &dyn ObjectStore,
-        cache_bytes: usize,
-        state: &mut State,
-        set: &str,
-        version: &str,
-    ) -> Result<Arc<ClassVectors>, ClassesError> {
-        if let Some(active) = state.active.get(set).filter(|a| a.classes.version() == version) {
-            return Ok(Arc::clone(&active.classes));
-        }
-        let known = |c: &Arc<ClassVectors>| c.set() == set && c.version() == version;
-        let classes = match state.pinned.iter().position(known) {
-            Some(at) => state.pinned.remove(at),
-            None => Arc::new(self.load(store, set, version, None).await?),
-        };
-        state.pinned.push(Arc::clone(&classes));
-        // The newest stays even if it alone is over the bound: its job needs it anyway.
-        while state.pinned.len() > 1
-            && state.pinned.iter().map(|c| c.bytes()).sum::<usize>() > cache_bytes
-        {
-            state.pinned.remove(0);
-        }
-        Ok(classes)
+    /// Looks at a set's `active.json` now and follows it; none if the set is not served here.
+    pub async fn refresh(&self, set: &str) -> Option<SetStatus> {
+        let Origin::Root(root) = &self.origin else { return None };
+        let set = root.state().sets.get(set).cloned()?;
+        let mut dealt_with = set.turn.lock().await;
+        set.serving()?;
+        // What comes of it is in the status.
+        let _ = self.follow(root, &set, &mut dealt_with).await;
+        set.status()
     }
 
-    async fn active(
-        &self,
-        store: &dyn ObjectStore,
-        poll: Duration,
-        state: &mut State,
-        set: &str,
-    ) -> Result<Arc<ClassVectors>, ClassesError> {
-        let known = state.active.get(set);
-        if let Some(active) = known.filter(|a| a.checked.elapsed() < poll) {
-            return Ok(Arc::clone(&active.classes));
-        }
-        let current = known.map(|a| Arc::clone(&a.classes));
-        let found = self.follow(store, set, current.as_deref()).await;
-        let checked = Instant::now();
-        match (found, state.active.get_mut(set)) {
-            // A version that fails never replaces one that works.
-            (Err(error), Some(active)) => {
-                let message = error.to_string();
-                if active.failing.as_ref() != Some(&message) {
-                    tracing::error!(
-                        set,
-                        serving = active.classes.version(),
-                        "the active version cannot be followed, the old one goes on serving: {message}"
-                    );
-                }
-                active.failing = Some(message);
-                active.checked = checked;
-                Ok(Arc::clone(&active.classes))
-            }
-            (Err(error), None) => Err(error),
-            (Ok(None), Some(active)) => {
-                active.failing = None;
-                active.checked = checked;
-                Ok(Arc::clone(&active.classes))
-            }
-            (Ok(None), None) => Err(ClassesError::UnknownSet {
-                set: set.to_owned(),
-                reason: "it was neither loaded nor found".to_owned(),
-            }),
-            (Ok(Some(classes)), _) => {
-                let classes = Arc::new(classes);
-                tracing::info!(
-                    set,
-                    version = classes.version(),
-                    rows = classes.vectors().rows(),
-                    "class vectors are served"
-                );
-                let active = Active { classes: Arc::clone(&classes), checked, failing: None };
-                state.active.insert(set.to_owned(), active);
-                Ok(classes)
-            }
+    /// Follows every set that is served, by polling, for as long as it is awaited.
+    pub async fn watch(&self) {
+        let Origin::Root(root) = &self.origin else { return std::future::pending().await };
+        loop {
+            // With jitter, so that a fleet does not ask all at once.
+            sleep(root.options.poll.mul_f64(0.9 + 0.2 * fastrand::f64())).await;
+            self.refresh_all().await;
         }
     }
 
-    /// Reads `active.json` and loads what it names; none if that is `current`.
+    /// Looks at the `active.json` of every set that is served: after announcements may have been
+    /// missed.
+    pub async fn refresh_all(&self) {
+        let Origin::Root(root) = &self.origin else { return };
+        let sets: Vec<String> = root.state().sets.keys().cloned().collect();
+        let refreshed = stream::iter(sets).map(async |set| self.refresh(&set).await);
+        refreshed.buffer_unordered(POLLS).collect::<Vec<_>>().await;
+    }
+
+    /// What is served, by set.
+    pub fn status(&self) -> Vec<SetStatus> {
+        let Origin::Root(root) = &self.origin else { return Vec::new() };
+        let mut status: Vec<SetStatus> =
+            root.state().sets.values().filter_map(|set| set.status()).collect();
+        status.sort_by(|a, b| a.set.cmp(&b.set));
+        status
+    }
+
+    /// A set that is not served yet.
+    async fn first(&self, root: &Root, set: &Arc<Set>) -> Result<Arc<ClassVectors>, ClassesError> {
+        let mut dealt_with = set.turn.lock().await;
+        // Whoever waited takes what the one before it brought, good or bad.
+        if let Some(loaded) = set.serving() {
+            return Ok(loaded.classes);
+        }
+        if let Some((error, _)) = set.seen().failure.clone().filter(|f| Instant::now() < f.1) {
+            return Err(error);
+        }
+        self.follow(root, set, &mut dealt_with).await
+    }
+
+    /// Reads `active.json`; if it names another version than the one served, loads and serves it.
     async fn follow(
         &self,
-        store: &dyn ObjectStore,
-        set: &str,
-        current: Option<&ClassVectors>,
-    ) -> Result<Option<ClassVectors>, ClassesError> {
-        let key = active_key(set);
-        let Got::Object { bytes, .. } = store.get(&key, None).await.map_err(unavailable)? else {
-            return Err(ClassesError::UnknownSet {
-                set: set.to_owned(),
-                reason: format!(
-                    "{} does not exist, so no version is active (a job can pin one: {set}@VERSION)",
-                    store.place(&key)
-                ),
-            });
+        root: &Root,
+        set: &Set,
+        dealt_with: &mut Option<ETag>,
+    ) -> Result<Arc<ClassVectors>, ClassesError> {
+        let serving = set.serving();
+        // An ETag is of use only beside what was made of it.
+        let known = dealt_with.clone().filter(|_| serving.is_some());
+        let key = active_key(&set.name);
+        let answer = timeout(SILENCE, root.store.get(&key, known.as_ref())).await;
+        let got = match answer {
+            Ok(got) => got.map_err(unavailable),
+            Err(_) => Err(ClassesError::Unavailable(format!(
+                "{}: the store was silent for {} s",
+                root.store.place(&key),
+                SILENCE.as_secs()
+            ))),
         };
-        let invalid = |reason: String| ClassesError::Invalid { place: store.place(&key), reason };
-        let active: ActiveFile =
-            serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
-        check_name(&active.version).map_err(|e| invalid(format!("version: {e}")))?;
-        if current.is_some_and(|c| c.version() == active.version) {
-            return Ok(None);
+        let mut version = None;
+        let found = match got {
+            Ok(Got::Unchanged) => match serving {
+                Some(loaded) => {
+                    set.reachable_again();
+                    return Ok(loaded.classes);
+                }
+                None => Err(ClassesError::Unavailable("no ETag was sent, and none fits".into())),
+            },
+            Ok(Got::Missing) => {
+                *dealt_with = None;
+                Err(ClassesError::UnknownSet {
+                    set: set.name.clone(),
+                    reason: format!(
+                        "{} does not exist, so no version is active (a job can pin one: {}@VERSION)",
+                        root.store.place(&key),
+                        set.name
+                    ),
+                })
+            }
+            Ok(Got::Object { bytes, etag }) => {
+                let found = match Active::parse(&bytes) {
+                    Ok(active) => {
+                        version = Some(active.version.clone());
+                        self.active(root, set, serving.as_ref(), &active).await
+                    }
+                    Err(reason) => {
+                        Err(ClassesError::Invalid { place: root.store.place(&key), reason })
+                    }
+                };
+                // What can pass by itself is tried again at the next look.
+                if !matches!(found, Err(ClassesError::Unavailable(_))) {
+                    *dealt_with = Some(etag);
+                }
+                found
+            }
+            Err(error) => Err(error),
+        };
+        match found {
+            Ok(loaded) => {
+                set.serve(loaded.clone());
+                Ok(loaded.classes)
+            }
+            Err(error) => {
+                set.refuse(version, &error, root.options.poll);
+                Err(error)
+            }
         }
-        self.load(store, set, &active.version, active.sha256.as_deref()).await.map(Some)
+    }
+
+    /// The version that is active, from memory if it is there.
+    async fn active(
+        &self,
+        root: &Root,
+        set: &Set,
+        serving: Option<&Loaded>,
+        active: &Active,
+    ) -> Result<Loaded, ClassesError> {
+        let same = |loaded: &&Loaded| {
+            let sum = |wanted: &String| wanted.eq_ignore_ascii_case(&loaded.sha256);
+            loaded.classes.version() == active.version && active.sha256.as_ref().is_none_or(sum)
+        };
+        if let Some(loaded) = serving.filter(same) {
+            return Ok(loaded.clone());
+        }
+        let pinned = root.state().use_pinned(&set.name, &active.version);
+        if let Some(loaded) = pinned.as_ref().and_then(|p| p.loaded.get()).filter(same) {
+            return Ok(loaded.clone());
+        }
+        let name = (set.name.as_str(), active.version.as_str());
+        self.load(root, name, active.sha256.as_deref()).await
+    }
+
+    /// A pinned version that is not in memory yet.
+    async fn pin(&self, root: &Root, pinned: &Pinned) -> Result<Arc<ClassVectors>, ClassesError> {
+        let mut failure = pinned.turn.lock().await;
+        if let Some(loaded) = pinned.loaded.get() {
+            return Ok(Arc::clone(&loaded.classes));
+        }
+        if let Some((error, _)) = failure.clone().filter(|f| Instant::now() < f.1) {
+            return Err(error);
+        }
+        let loaded = {
+            let _one = root.pinned_loads.lock().await;
+            self.load(root, (&pinned.set, &pinned.version), None).await
+        };
+        let loaded = loaded.inspect_err(|error| {
+            *failure = Some((error.clone(), Instant::now() + holds(error, root.options.poll)));
+        })?;
+        let loaded = pinned.loaded.get_or_init(|| loaded);
+        root.state().trim(root.options.cache_bytes);
+        Ok(Arc::clone(&loaded.classes))
     }
 
     async fn load(
         &self,
-        store: &dyn ObjectStore,
-        set: &str,
-        version: &str,
+        root: &Root,
+        name: (&str, &str),
         sha256: Option<&str>,
-    ) -> Result<ClassVectors, ClassesError> {
-        let key = version_key(set, version);
-        let place = store.place(&key);
-        let bytes = read(store, &key).await?.ok_or_else(|| ClassesError::UnknownVersion {
+    ) -> Result<Loaded, ClassesError> {
+        let (store, limit) = (root.store.as_ref(), root.options.version_bytes);
+        load::load(store, name, Some(&self.expected), sha256, limit).await
+    }
+}
+
+impl Root {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, name: &str) -> Arc<Set> {
+        let mut state = self.state();
+        if state.sets.len() >= REMEMBERED {
+            state.sets.retain(|_, set| set.serving().is_some());
+        }
+        let new = || Set { name: name.to_owned(), turn: Turn::default(), seen: Mutex::default() };
+        Arc::clone(state.sets.entry(name.to_owned()).or_insert_with(|| Arc::new(new())))
+    }
+
+    fn pinned(&self, set: &str, version: &str) -> Arc<Pinned> {
+        let mut state = self.state();
+        if let Some(known) = state.use_pinned(set, version) {
+            return known;
+        }
+        let new = Arc::new(Pinned {
             set: set.to_owned(),
             version: version.to_owned(),
-            reason: format!("{place} does not exist"),
-        })?;
-        let (name, sha256) = ((set.to_owned(), version.to_owned()), sha256.map(str::to_owned));
-        let (model, dim) = (self.model.clone(), self.dim);
-        // Hashing and normalising a large set takes seconds: not on the threads that move jobs.
-        let unavailable = |e: tokio::task::JoinError| ClassesError::Unavailable(e.to_string());
-        tokio::task::spawn_blocking(move || {
-            if let Some(wanted) = sha256 {
-                let found = hex(&Sha256::digest(&bytes));
-                if !found.eq_ignore_ascii_case(&wanted) {
-                    let reason = format!("its sha256 is {found}, but active.json says {wanted}");
-                    return Err(ClassesError::Invalid { place, reason });
+            turn: Turn::default(),
+            loaded: OnceLock::new(),
+        });
+        state.pinned.push(Arc::clone(&new));
+        state.trim(self.options.cache_bytes);
+        new
+    }
+}
+
+impl State {
+    /// A pinned version that is known, which becomes the most recently used.
+    fn use_pinned(&mut self, set: &str, version: &str) -> Option<Arc<Pinned>> {
+        let at = self.pinned.iter().position(|p| p.set == set && p.version == version)?;
+        let known = self.pinned.remove(at);
+        self.pinned.push(Arc::clone(&known));
+        Some(known)
+    }
+
+    /// Forgets the least recently used until the rest is within the bound. The newest stays even
+    /// if it alone is over it: its job needs it anyway.
+    fn trim(&mut self, bytes: usize) {
+        let size = |p: &Arc<Pinned>| p.loaded.get().map_or(0, |loaded| loaded.classes.bytes());
+        let mut total: usize = self.pinned.iter().map(size).sum();
+        while self.pinned.len() > 1 && (total > bytes || self.pinned.len() > REMEMBERED) {
+            total -= size(&self.pinned.remove(0));
+        }
+    }
+}
+
+impl Set {
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn serving(&self) -> Option<Loaded> {
+        self.seen().serving.clone()
+    }
+
+    /// The swap: one pointer.
+    fn serve(&self, loaded: Loaded) {
+        let (version, rows) =
+            (loaded.classes.version().to_owned(), loaded.classes.vectors().rows());
+        let mut seen = self.seen();
+        seen.failure = None;
+        if seen.refused.take().is_some() {
+            tracing::info!(set = self.name, version, "what is active can be served again");
+        }
+        let before = match &seen.serving {
+            Some(old) if old.sha256 == loaded.sha256 && old.classes.version() == version => return,
+            Some(old) => Some(old.classes.version().to_owned()),
+            None => None,
+        };
+        seen.swaps += u64::from(before.is_some());
+        seen.since = Some(SystemTime::now());
+        let old = seen.serving.replace(loaded);
+        drop(seen);
+        // Freed outside the lock, if no job holds it.
+        drop(old);
+        tracing::info!(set = self.name, version, before, rows, "class vectors are served");
+    }
+
+    fn refuse(&self, version: Option<String>, error: &ClassesError, poll: Duration) {
+        let reason = error.to_string();
+        let mut seen = self.seen();
+        match seen.serving.as_ref().map(|s| s.classes.version().to_owned()) {
+            Some(serving) => {
+                let passing = matches!(error, ClassesError::Unavailable(_));
+                let known = seen.refused.as_ref();
+                // A version that is wrong stays so while the store is away.
+                if known.is_some_and(|r| {
+                    (r.version == version && r.reason == reason) || (passing && !seen.passing)
+                }) {
+                    return;
                 }
+                seen.refusals += u64::from(!passing);
+                seen.passing = passing;
+                tracing::error!(
+                    set = self.name,
+                    version,
+                    serving,
+                    "refused, the old version goes on serving: {reason}"
+                );
             }
-            let classes = file::read(&bytes, (&name.0, &name.1), &place)?;
-            check_model(&classes, &model, dim, &place)?;
-            Ok(classes)
+            // Each job that asks says so in its result.
+            None => {
+                seen.failure = Some((error.clone(), Instant::now() + holds(error, poll)));
+                return;
+            }
+        }
+        let at = rfc3339(SystemTime::now());
+        seen.refused = Some(Refused { version, reason, at });
+    }
+
+    /// The store answered that nothing has changed: a failure to ask is over, a version that was
+    /// refused is still refused.
+    fn reachable_again(&self) {
+        let mut seen = self.seen();
+        if seen.passing && seen.refused.take().is_some() {
+            seen.passing = false;
+            tracing::info!(set = self.name, "active.json can be followed again");
+        }
+    }
+
+    fn status(&self) -> Option<SetStatus> {
+        let seen = self.seen();
+        let Loaded { classes, sha256, .. } = seen.serving.as_ref()?;
+        Some(SetStatus {
+            set: self.name.clone(),
+            version: classes.version().to_owned(),
+            sha256: sha256.clone(),
+            rows: classes.vectors().rows(),
+            bytes: classes.bytes(),
+            since: seen.since.map(rfc3339).unwrap_or_default(),
+            swaps: seen.swaps,
+            refusals: seen.refusals,
+            refused: seen.refused.clone(),
         })
-        .await
-        .map_err(unavailable)?
     }
 }
 
-/// All of an object of any size.
-async fn read(store: &dyn ObjectStore, key: &str) -> Result<Option<Bytes>, ClassesError> {
-    let Some(mut object) = store.open(key).await.map_err(unavailable)? else { return Ok(None) };
-    let mut bytes = BytesMut::new();
-    while let Some(chunk) = object.chunks.next().await {
-        bytes.extend_from_slice(&chunk.map_err(unavailable)?);
+/// For how long a failure is taken for granted: a file that is wrong stays wrong, and reading it
+/// again for each of many jobs would cost what a good one costs.
+fn holds(error: &ClassesError, poll: Duration) -> Duration {
+    match error {
+        ClassesError::Invalid { .. } | ClassesError::ModelMismatch { .. } => poll,
+        ClassesError::UnknownSet { .. } | ClassesError::UnknownVersion { .. } => ABSENCE.min(poll),
+        ClassesError::Unavailable(_) => Duration::ZERO,
     }
-    Ok(Some(bytes.freeze()))
 }
 
-fn unavailable(error: ObjectError) -> ClassesError {
-    ClassesError::Unavailable(error.to_string())
-}
-
-fn check_model(
-    classes: &ClassVectors,
-    model: &str,
-    dim: usize,
-    place: &str,
-) -> Result<(), ClassesError> {
-    if classes.model() != model {
-        return Err(ClassesError::ModelMismatch {
-            place: place.to_owned(),
-            made_with: classes.model().to_owned(),
-            running: model.to_owned(),
-        });
-    }
-    if classes.dim() != dim {
-        return Err(ClassesError::Invalid {
-            place: place.to_owned(),
-            reason: format!("its vectors have {} values, the model's {dim}", classes.dim()),
-        });
-    }
-    Ok(())
+fn rfc3339(time: SystemTime) -> String {
+    humantime::format_rfc3339_millis(time).to_string()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::classes::Contents;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use crate::classes::{Contents, file};
+    use crate::job::hex;
     use crate::store::local::LocalObjects;
+    use crate::store::{Listed, Object, ObjectError};
+    use async_trait::async_trait;
+    use bytes::Bytes;
     use ndarray::array;
+    use sha2::{Digest, Sha256};
+
+    /// A folder whose reads are counted.
+    struct Counted {
+        folder: LocalObjects,
+        gets: AtomicUsize,
+        opens: AtomicUsize,
+        away: std::sync::atomic::AtomicBool,
+    }
+
+    #[async_trait]
+    impl ObjectStore for Counted {
+        fn place(&self, key: &str) -> String {
+            self.folder.place(key)
+        }
+
+        async fn get(&self, key: &str, known: Option<&ETag>) -> Result<Got, ObjectError> {
+            self.gets.fetch_add(1, Ordering::SeqCst);
+            if self.away.load(Ordering::SeqCst) {
+                return Err(ObjectError::Unavailable("the store is away".into()));
+            }
+            self.folder.get(key, known).await
+        }
+
+        async fn open(&self, key: &str) -> Result<Option<Object>, ObjectError> {
+            self.opens.fetch_add(1, Ordering::SeqCst);
+            self.folder.open(key).await
+        }
+
+        async fn create(&self, key: &str, body: Bytes) -> Result<(), ObjectError> {
+            self.folder.create(key, body).await
+        }
+
+        async fn replace(
+            &self,
+            key: &str,
+            body: Bytes,
+            expected: Option<&ETag>,
+        ) -> Result<ETag, ObjectError> {
+            self.folder.replace(key, body, expected).await
+        }
+
+        async fn list(&self, folder: &str) -> Result<Vec<Listed>, ObjectError> {
+            self.folder.list(folder).await
+        }
+    }
 
     struct Root {
         folder: tempfile::TempDir,
-        catalog: Catalog,
+        store: Arc<Counted>,
+        catalog: Arc<Catalog>,
     }
 
+    const POLL: Duration = Duration::from_secs(60);
+
     impl Root {
-        fn new(poll: Duration, cache_bytes: usize) -> Self {
+        fn new(cache_bytes: usize) -> Self {
             let folder = tempfile::tempdir().unwrap();
-            let store = Arc::new(LocalObjects::new(folder.path()));
-            Self { catalog: Catalog::new(store, "m@1", 2, poll, cache_bytes), folder }
+            let store = Arc::new(Counted {
+                folder: LocalObjects::new(folder.path()),
+                gets: AtomicUsize::new(0),
+                opens: AtomicUsize::new(0),
+                away: false.into(),
+            });
+            let options = CatalogOptions { poll: POLL, cache_bytes, version_bytes: 4096 };
+            let catalog =
+                Catalog::new(Arc::clone(&store) as Arc<dyn ObjectStore>, "m@1", 2, options);
+            Self { folder, store, catalog: Arc::new(catalog) }
         }
 
         fn put(&self, key: &str, body: &[u8]) {
@@ -330,92 +601,213 @@ mod tests {
             let selector = ClassSelector::parse(selector).unwrap();
             self.catalog.resolve(&selector).await.map(|c| c.id())
         }
-    }
 
-    const NOW: Duration = Duration::ZERO;
-    const LATER: Duration = Duration::from_secs(60);
+        fn opens(&self) -> usize {
+            self.store.opens.load(Ordering::SeqCst)
+        }
+    }
 
     #[tokio::test]
     async fn a_pinned_and_an_active_version_are_found() {
-        let root = Root::new(NOW, 1 << 20);
+        let root = Root::new(1 << 20);
         root.version("s", "1", "m@1");
         root.version("s", "2", "m@1");
         root.activate("s", "2");
         assert_eq!(root.ask("s@1").await.unwrap(), "s@1");
         assert_eq!(root.ask("s").await.unwrap(), "s@2");
+        // What is active is not loaded a second time for being pinned, nor the other way round.
+        assert_eq!(root.ask("s@2").await.unwrap(), "s@2");
+        root.activate("s", "1");
+        root.catalog.refresh("s").await.unwrap();
+        assert_eq!(root.ask("s").await.unwrap(), "s@1");
+        assert_eq!(root.opens(), 2);
     }
 
     #[tokio::test]
     async fn what_is_not_there_is_named() {
-        let root = Root::new(NOW, 1 << 20);
+        let root = Root::new(1 << 20);
         root.version("s", "1", "m@1");
         assert!(matches!(root.ask("s").await, Err(ClassesError::UnknownSet { .. })));
         assert!(matches!(root.ask("s@9").await, Err(ClassesError::UnknownVersion { .. })));
         root.version("other", "1", "another@2");
         assert!(matches!(root.ask("other@1").await, Err(ClassesError::ModelMismatch { .. })));
+        root.put(&version_key("huge", "1"), &[0; 5000]);
+        let message = root.ask("huge@1").await.unwrap_err().to_string();
+        assert!(message.contains("classes.version_bytes"), "{message}");
+        assert!(root.catalog.status().is_empty());
+    }
+
+    #[tokio::test]
+    async fn many_who_wait_share_one_load_and_one_failure() {
+        let root = Root::new(1 << 20);
+        root.version("s", "1", "m@1");
+        root.activate("s", "1");
+        root.put(&version_key("torn", "1"), b"torn");
+        root.put(&active_key("torn"), b"{\"version\":\"1\"}");
+        for (selector, good) in [("s@1", true), ("s", true), ("torn@1", false), ("torn", false)] {
+            let before = root.opens();
+            let asking: Vec<_> = (0..20).map(|_| root.ask(selector)).collect();
+            for answer in futures_util::future::join_all(asking).await {
+                assert_eq!(answer.is_ok(), good, "{selector}: {answer:?}");
+            }
+            // An active version that is pinned too is in memory already.
+            let loads = usize::from(selector != "s");
+            assert_eq!(root.opens() - before, loads, "{selector}");
+        }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_new_active_version_is_seen_after_the_poll_time() {
-        let root = Root::new(LATER, 1 << 20);
+    async fn a_new_active_version_is_seen_by_polling() {
+        let root = Root::new(1 << 20);
         root.version("s", "1", "m@1");
         root.version("s", "2", "m@1");
         root.activate("s", "1");
         assert_eq!(root.ask("s").await.unwrap(), "s@1");
+        let catalog = Arc::clone(&root.catalog);
+        let watching = tokio::spawn(async move { catalog.watch().await });
+        tokio::time::sleep(POLL * 3).await;
+        // Nothing changed: asked by ETag, nothing loaded, the same pointer.
+        assert!(root.store.gets.load(Ordering::SeqCst) >= 3);
+        assert_eq!((root.opens(), root.catalog.status()[0].swaps), (1, 0));
         root.activate("s", "2");
         assert_eq!(root.ask("s").await.unwrap(), "s@1");
-        tokio::time::advance(LATER).await;
+        tokio::time::sleep(POLL * 2).await;
         assert_eq!(root.ask("s").await.unwrap(), "s@2");
+        assert_eq!(root.catalog.status()[0].swaps, 1);
+        watching.abort();
+    }
+
+    #[tokio::test]
+    async fn the_old_version_lives_as_long_as_its_last_job() {
+        let root = Root::new(1 << 20);
+        root.version("s", "1", "m@1");
+        root.version("s", "2", "m@1");
+        root.activate("s", "1");
+        let job = root.catalog.resolve(&ClassSelector::parse("s").unwrap()).await.unwrap();
+        let old = Arc::downgrade(&job);
+        root.activate("s", "2");
+        assert_eq!(root.catalog.refresh("s").await.unwrap().version, "2");
+        assert_eq!(job.id(), "s@1");
+        drop(job);
+        assert!(old.upgrade().is_none(), "somebody keeps the old version");
+    }
+
+    #[tokio::test]
+    async fn a_set_that_nobody_asked_for_is_not_loaded_by_an_announcement() {
+        let root = Root::new(1 << 20);
+        root.version("s", "1", "m@1");
+        root.activate("s", "1");
+        assert_eq!(root.catalog.refresh("s").await, None);
+        assert_eq!(root.opens(), 0);
     }
 
     #[tokio::test]
     async fn a_version_that_fails_never_replaces_one_that_works() {
-        let root = Root::new(NOW, 1 << 20);
+        let root = Root::new(1 << 20);
         root.version("s", "1", "m@1");
         root.activate("s", "1");
         assert_eq!(root.ask("s").await.unwrap(), "s@1");
         let good = root.version("s", "2", "m@1");
         root.version("s", "3", "another@2");
         root.put(&version_key("s", "4"), &good[..good.len() - 1]);
+        let data = good.len() - 8;
+        let with = |values: [f32; 2]| {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            [&good[..data], &bytes[..]].concat()
+        };
+        root.put(&version_key("s", "6"), &with([f32::NAN, 0.0]));
+        root.put(&version_key("s", "7"), &with([0.0, 0.0]));
+        let wide = Contents::new(vec!["a".into()], array![[1.0, 0.0, 0.0]], "m@1");
+        root.put(&version_key("s", "8"), &file::write(&wide, ("s", "8")).unwrap());
+        let text = String::from_utf8_lossy(&good[8..data]).replace("s-2", "a\\\",\\\"b");
+        let mut labels = (text.len() as u64).to_le_bytes().to_vec();
+        labels.extend_from_slice(text.as_bytes());
+        labels.extend_from_slice(&good[data..]);
+        root.put(&version_key("s", "9"), &labels);
         let wrong_sum = format!("{{\"version\":\"2\",\"sha256\":\"{}\"}}", "0".repeat(64));
-        for active in [
-            wrong_sum.as_str(),
-            "{\"version\":\"3\"}",
-            "{\"version\":\"4\"}",
-            "{\"version\":\"5\"}",
-            "{\"version\":\"../s/1\"}",
-            "{",
-        ] {
+        for (count, (active, version, words)) in [
+            (wrong_sum.as_str(), Some("2"), "sha256"),
+            ("{\"version\":\"3\"}", Some("3"), "another@2"),
+            ("{\"version\":\"4\"}", Some("4"), "not a whole safetensors file"),
+            ("{\"version\":\"5\"}", Some("5"), "does not exist"),
+            ("{\"version\":\"6\"}", Some("6"), "row 0 (\"s-2\") holds NaN"),
+            ("{\"version\":\"7\"}", Some("7"), "row 0 (\"s-2\") is zero"),
+            ("{\"version\":\"8\"}", Some("8"), "3 values, the model's 2"),
+            ("{\"version\":\"9\"}", Some("9"), "2 labels for 1 rows"),
+            ("{\"version\":\"../s/1\"}", None, "active.json"),
+            ("{", None, "active.json"),
+        ]
+        .into_iter()
+        .enumerate()
+        {
             root.put(&active_key("s"), active.as_bytes());
+            // Looked at twice: refused and counted once.
+            root.catalog.refresh("s").await.unwrap();
+            let status = root.catalog.refresh("s").await.unwrap();
             assert_eq!(root.ask("s").await.unwrap(), "s@1", "{active}");
+            let refused = status.refused.unwrap();
+            assert_eq!(refused.version.as_deref(), version, "{active}");
+            assert!(refused.reason.contains(words), "{active}: {}", refused.reason);
+            assert_eq!(status.refusals, count as u64 + 1, "{active}");
         }
+        std::fs::remove_file(root.folder.path().join(active_key("s"))).unwrap();
+        assert!(root.catalog.refresh("s").await.unwrap().refused.is_some());
         let sum = hex(&Sha256::digest(&good));
         let right = format!("{{\"version\":\"2\",\"sha256\":\"{sum}\"}}");
         root.put(&active_key("s"), right.as_bytes());
-        assert_eq!(root.ask("s").await.unwrap(), "s@2");
+        let status = root.catalog.refresh("s").await.unwrap();
+        assert_eq!((status.version.as_str(), status.refused), ("2", None));
+    }
+
+    #[tokio::test]
+    async fn a_store_that_is_away_is_no_reason_to_forget_or_to_count() {
+        let root = Root::new(1 << 20);
+        root.version("s", "1", "m@1");
+        root.activate("s", "1");
+        assert_eq!(root.ask("s").await.unwrap(), "s@1");
+        root.store.away.store(true, Ordering::SeqCst);
+        let status = root.catalog.refresh("s").await.unwrap();
+        assert!(status.refused.unwrap().reason.contains("away"));
+        assert_eq!((status.version.as_str(), status.refusals), ("1", 0));
+        root.store.away.store(false, Ordering::SeqCst);
+        assert_eq!(root.catalog.refresh("s").await.unwrap().refused, None);
+        // A version that was refused stays refused while the store is away and when it is back.
+        root.activate("s", "9");
+        root.catalog.refresh("s").await.unwrap();
+        root.store.away.store(true, Ordering::SeqCst);
+        root.catalog.refresh("s").await.unwrap();
+        root.store.away.store(false, Ordering::SeqCst);
+        let refused = root.catalog.refresh("s").await.unwrap().refused.unwrap();
+        assert_eq!(refused.version.as_deref(), Some("9"));
     }
 
     #[tokio::test]
     async fn pinned_versions_stay_within_the_bound_and_the_least_used_goes_first() {
-        let root = Root::new(NOW, 100);
-        for version in ["1", "2", "3"] {
-            root.version("s", version, "m@1");
-        }
-        let bytes =
-            root.catalog.resolve(&ClassSelector::parse("s@1").unwrap()).await.unwrap().bytes();
-        assert!(3 * bytes <= 100 && 100 < 6 * bytes, "the test counts on it: {bytes}");
-        for version in 1..=3 {
-            root.ask(&format!("s@{version}")).await.unwrap();
-        }
-        let kept = root.catalog.state.lock().await.pinned.len();
-        assert_eq!(kept, 3);
-        for version in 4..=8 {
+        let root = Root::new(100);
+        for version in 1..=8 {
             root.version("s", &version.to_string(), "m@1");
+        }
+        root.ask("s@1").await.unwrap();
+        let bytes = root.catalog.loaded(&ClassSelector::parse("s@1").unwrap()).unwrap().bytes();
+        assert!(3 * bytes <= 100 && 100 < 5 * bytes, "the test counts on it: {bytes}");
+        for version in [2, 3, 1, 4, 1, 5] {
             root.ask(&format!("s@{version}")).await.unwrap();
         }
-        let state = root.catalog.state.lock().await;
-        let versions: Vec<&str> = state.pinned.iter().map(|c| c.version()).collect();
-        assert_eq!(versions.last(), Some(&"8"));
-        assert!(!versions.contains(&"1"), "{versions:?}");
+        let Origin::Root(inner) = &root.catalog.origin else { panic!("a root") };
+        let kept: Vec<String> = inner.state().pinned.iter().map(|p| p.version.clone()).collect();
+        assert!(kept.len() * bytes <= 100, "{kept:?}");
+        assert_eq!(kept[kept.len() - 2..], ["1", "5"]);
+    }
+
+    #[tokio::test]
+    async fn names_that_do_not_exist_do_not_fill_the_memory() {
+        let root = Root::new(1 << 20);
+        for n in 0..REMEMBERED + 50 {
+            assert!(root.ask(&format!("s{n}")).await.is_err());
+            assert!(root.ask(&format!("s@{n}")).await.is_err());
+        }
+        let Origin::Root(inner) = &root.catalog.origin else { panic!("a root") };
+        let state = inner.state();
+        assert!(state.sets.len() <= REMEMBERED && state.pinned.len() <= REMEMBERED);
     }
 }

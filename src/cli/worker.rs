@@ -32,15 +32,16 @@ impl WorkerCommand {
             let (address, server) = health::serve(listen, Arc::clone(&readiness))
                 .await
                 .with_context(|| format!("http.listen = {listen:?} cannot be bound"))?;
-            tracing::info!("listening on http://{address} (/livez, /readyz)");
+            tracing::info!("listening on http://{address} (/livez, /readyz, /status)");
             Some(server)
         };
         let daemon = tokio::select! {
             daemon = app.daemon(readiness) => daemon?,
             () = stop.cancelled() => return Ok(()),
         };
-        let Daemon { worker, publisher, engine } = daemon;
+        let Daemon { worker, publisher, engine, followers } = daemon;
         let outcome = worker.run(stop).await;
+        drop(followers);
         publisher.close().await;
         engine.close().await;
         outcome?;

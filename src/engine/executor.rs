@@ -12,11 +12,11 @@ use std::time::Instant;
 use ndarray::{Array2, ArrayView4, Axis};
 use tokio::sync::{mpsc, watch};
 
-use super::{Batch, EngineStats, Item, Scored, SubmitError};
+use super::{Batch, EngineStats, Item, Scored, SubmitError, Want};
 use crate::classes::ClassVectors;
 use crate::embed::{EmbedError, Embedder};
 use crate::error::{ImageError, ImageErrorCode};
-use crate::score::{ClassScore, normalise};
+use crate::score::{ClassScore, Scorer, normalise};
 
 /// What the threads share.
 #[derive(Clone)]
@@ -26,6 +26,7 @@ pub(super) struct Shared {
     pub in_flight: watch::Sender<usize>,
     pub broken: Arc<watch::Sender<Option<String>>>,
     pub stats: Arc<EngineStats>,
+    pub scorer: Scorer,
 }
 
 /// Warms the embedder on its own thread and starts taking batches.
@@ -91,7 +92,7 @@ impl Executor {
         }
         match self.embed(items.len()) {
             Ok(embeddings) => {
-                answer(items, embeddings);
+                answer(items, embeddings, &self.shared.scorer);
                 ControlFlow::Continue(())
             }
             Err(EmbedError::Broken(reason)) => {
@@ -137,13 +138,18 @@ impl Executor {
 }
 
 /// Scores the batch, once for each version of class vectors in it, and answers each image.
-fn answer(items: Vec<Item>, mut embeddings: Array2<f32>) {
+fn answer(items: Vec<Item>, mut embeddings: Array2<f32>, scorer: &Scorer) {
     let directed: Vec<bool> = embeddings.rows_mut().into_iter().map(normalise).collect();
-    let mut tops = score(&items, &embeddings);
+    let embeddings = embeddings;
+    let served = |want: &Want| want.classes.as_ref().map(|c| (Arc::clone(c), want.top_k));
+    let mut tops = score(&items, &embeddings, scorer, served);
+    let candidate = |want: &Want| want.shadow.as_ref().map(|c| (Arc::clone(c), 2));
+    let mut shadows = score(&items, &embeddings, scorer, candidate);
     for (index, item) in items.into_iter().enumerate() {
         let scored = if directed[index] {
             Ok(Scored {
                 top: std::mem::take(&mut tops[index]),
+                shadow: std::mem::take(&mut shadows[index]),
                 embedding: item.want.embedding.then(|| embeddings.row(index).to_vec()),
             })
         } else {
@@ -154,27 +160,40 @@ fn answer(items: Vec<Item>, mut embeddings: Array2<f32>) {
     }
 }
 
-fn score(items: &[Item], embeddings: &Array2<f32>) -> Vec<Vec<ClassScore>> {
+/// The best classes of each image, as many as wanted: one product for each version that `wanted`
+/// names.
+fn score(
+    items: &[Item],
+    embeddings: &Array2<f32>,
+    scorer: &Scorer,
+    wanted: impl Fn(&Want) -> Option<(Arc<ClassVectors>, usize)>,
+) -> Vec<Vec<ClassScore>> {
+    struct Member {
+        index: usize,
+        top_k: usize,
+    }
     let mut tops = vec![Vec::new(); items.len()];
-    let mut versions: Vec<(&Arc<ClassVectors>, Vec<usize>)> = Vec::new();
+    let mut versions: Vec<(Arc<ClassVectors>, Vec<Member>)> = Vec::new();
     for (index, item) in items.iter().enumerate() {
-        let Some(classes) = &item.want.classes else { continue };
-        match versions.iter_mut().find(|(known, _)| Arc::ptr_eq(known, classes)) {
-            Some((_, members)) => members.push(index),
-            None => versions.push((classes, vec![index])),
+        let Some((classes, top_k)) = wanted(&item.want) else { continue };
+        let member = Member { index, top_k };
+        match versions.iter_mut().find(|(known, _)| Arc::ptr_eq(known, &classes)) {
+            Some((_, members)) => members.push(member),
+            None => versions.push((classes, vec![member])),
         }
     }
     for (classes, members) in versions {
         // Images of one version want different numbers of classes; the largest serves all.
-        let top_k = members.iter().map(|&i| items[i].want.top_k).max().unwrap_or(1);
+        let most = members.iter().map(|member| member.top_k).max().unwrap_or(1);
         let scores = if members.len() == items.len() {
-            classes.score(embeddings.view(), top_k)
+            classes.score_with(scorer, embeddings.view(), most)
         } else {
-            classes.score(embeddings.select(Axis(0), &members).view(), top_k)
+            let rows: Vec<usize> = members.iter().map(|member| member.index).collect();
+            classes.score_with(scorer, embeddings.select(Axis(0), &rows).view(), most)
         };
-        for (&index, mut top) in members.iter().zip(scores) {
-            top.truncate(items[index].want.top_k);
-            tops[index] = top;
+        for (member, mut top) in members.into_iter().zip(scores) {
+            top.truncate(member.top_k);
+            tops[member.index] = top;
         }
     }
     tops

@@ -119,7 +119,7 @@ async fn each_image_of_a_batch_is_scored_with_its_own_jobs_version() {
     store.create("colours/active.json", active.into()).await.unwrap();
 
     let mut rig = Rig::default();
-    rig.catalog = Catalog::new(store, MODEL, 3, LONG, 1 << 20);
+    rig.catalog = Catalog::new(store, MODEL, 3, CATALOG);
     rig.policy.max_batch = 6;
     rig.policy.linger = LONG;
     let mut run = rig.start();

@@ -147,7 +147,7 @@ async fn a_job_that_can_never_work_fails_at_once_and_is_done_with() {
     store.create(&version_key("alien", "1"), bytes.into()).await.unwrap();
     store.create(&version_key("torn", "1"), Bytes::from_static(b"torn")).await.unwrap();
     let mut rig = Rig::default();
-    rig.catalog = Catalog::new(store, MODEL, 3, LONG, 1 << 20);
+    rig.catalog = Catalog::new(store, MODEL, 3, CATALOG);
     let mut run = rig.start();
     let cases = [
         ("none", "unknown_class_set"),
@@ -201,7 +201,7 @@ impl ObjectStore for Away {
 async fn class_vectors_that_cannot_be_read_now_are_a_reason_to_try_again() {
     let _clock = Frozen::clock();
     let mut rig = Rig::default();
-    rig.catalog = Catalog::new(Arc::new(Away), MODEL, 3, LONG, 1 << 20);
+    rig.catalog = Catalog::new(Arc::new(Away), MODEL, 3, CATALOG);
     let mut run = rig.start();
     run.job("a", &["9,0,0"]);
     let result = run.only_result().await;

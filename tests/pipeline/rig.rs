@@ -14,7 +14,7 @@ use tokio::task::{JoinHandle, yield_now};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use angler::classes::catalog::Catalog;
+use angler::classes::catalog::{Catalog, CatalogOptions};
 use angler::classes::{ClassVectors, Contents};
 use angler::embed::fake::FakeEmbedder;
 use angler::embed::{Backend, EmbedError, Embedder};
@@ -25,6 +25,7 @@ use angler::job::{Classified, ImageEntry, JobLimits, JobResult, Outcome, Verdict
 use angler::pipeline::{ImageLimits, Pipeline};
 use angler::preprocess::{Filter, PixelSpec, Resize};
 use angler::retry::RetrySchedule;
+use angler::score::Scorer;
 use angler::sink::ResultSink;
 use angler::source::memory::MemoryQueue;
 use angler::source::{JobSource, Reply, Settlement};
@@ -278,6 +279,7 @@ impl Default for Rig {
                     delays: vec![Duration::from_secs(5), Duration::from_secs(60)],
                     max_attempts: 3,
                 },
+                shadow: None,
             },
             catalog: fixed(None),
             sink: TestSink::default(),
@@ -285,6 +287,10 @@ impl Default for Rig {
         }
     }
 }
+
+/// A catalog over a root, left alone.
+pub const CATALOG: CatalogOptions =
+    CatalogOptions { poll: LONG, cache_bytes: 1 << 20, version_bytes: 1 << 20 };
 
 /// A catalog that holds red, green and blue under every name: the fake's embedding of a pixel is
 /// its colour.
@@ -322,7 +328,9 @@ impl Rig {
             batches: Arc::clone(&batches),
             held: self.held,
         };
-        let engine = Engine::start(vec![Box::new(embedder)], self.policy, (1, 1)).unwrap();
+        let engine =
+            Engine::start(vec![Box::new(embedder)], self.policy, (1, 1), Scorer::default())
+                .unwrap();
         let store = Arc::new(TestStore::default());
         let sink = Arc::new(self.sink);
         let spec =
