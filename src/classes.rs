@@ -5,8 +5,12 @@
 //! keeps its version alive; nothing is ever changed in place.
 
 pub mod build;
+pub mod calibrate;
 pub mod catalog;
+pub mod compare;
+pub mod evaluate;
 pub mod file;
+pub mod statistics;
 
 use ndarray::{Array2, ArrayView2};
 use std::collections::HashMap;
