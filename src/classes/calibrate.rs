@@ -79,8 +79,8 @@ fn allowed(rate: f64, n: usize) -> usize {
     (rate * n as f64 * (1.0 + 4.0 * f64::EPSILON)).floor() as usize
 }
 
-/// The fewest searches of which one may be accepted.
-fn searches_for_one(rate: f64) -> u64 {
+/// The fewest searches of which one may be accepted at this rate, which lies between 0 and 1.
+pub fn searches_for_one(rate: f64) -> u64 {
     let about = (1.0 / rate).round().max(1.0) as usize;
     let needed = [about.saturating_sub(1), about].into_iter().find(|n| allowed(rate, *n) > 0);
     needed.unwrap_or(about.saturating_add(1)) as u64

@@ -58,7 +58,7 @@ pub struct Evaluation {
     /// Strangers that get a label.
     pub strangers_accepted: Rate,
     /// One entry a class of the set, in its order.
-    pub classes: Vec<ClassEvaluation>,
+    pub per_class: Vec<ClassEvaluation>,
     /// Which class gets which label.
     pub confusion: Confusion,
     /// Classes that get another's label, the most frequent pairs first.
@@ -218,7 +218,7 @@ impl<'a> Evaluator<'a> {
             wrong: Rate::default(),
             unknown: Rate::default(),
             strangers_accepted: Rate::default(),
-            classes: Vec::new(),
+            per_class: Vec::new(),
             confusion,
             confused: Examples::default(),
             genuine: Histogram::of_scores(),
@@ -303,8 +303,8 @@ impl<'a> Evaluator<'a> {
     pub fn finish(mut self) -> Evaluation {
         self.matrix();
         let classes = self.labels.iter().zip(&self.sums);
-        let classes = classes.map(|(label, sums)| sums.finish(label)).collect();
-        Evaluation { classes, mistakes: self.mistakes.finish(), ..self.evaluation }
+        let per_class = classes.map(|(label, sums)| sums.finish(label)).collect();
+        Evaluation { per_class, mistakes: self.mistakes.finish(), ..self.evaluation }
     }
 
     fn matrix(&mut self) {
@@ -413,7 +413,7 @@ mod tests {
     #[test]
     fn a_class_has_the_recall_and_the_precision_of_what_is_said() {
         let e = evaluate(&|_| Some(0.5), &sample());
-        let [b, a, c] = &e.classes[..] else { panic!("{:?}", e.classes) };
+        let [b, a, c] = &e.per_class[..] else { panic!("{:?}", e.per_class) };
         assert_eq!((b.label.as_str(), b.images, b.unknown), ("b", 2, 1));
         assert_eq!((b.recall, b.precision), (Rate::new(1, 2), Rate::new(1, 3)));
         assert_eq!((a.recall, a.precision, a.unknown), (Rate::new(1, 3), Rate::new(1, 1), 1));
@@ -500,7 +500,7 @@ mod tests {
         evaluator.add(&image("1", "a", &[("a", 0.9)]));
         evaluator.add(&image("2", "x", &[("a", 0.2)]));
         let e = evaluator.finish();
-        assert_eq!((e.impostor.total(), e.classes[0].mean_margin), (1, None));
+        assert_eq!((e.impostor.total(), e.per_class[0].mean_margin), (1, None));
         assert_eq!(e.top_k, Rate::new(1, 1));
     }
 
