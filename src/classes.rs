@@ -6,11 +6,15 @@
 
 pub mod active;
 pub mod build;
+pub mod calibrate;
 pub mod catalog;
+pub mod compare;
+pub mod evaluate;
 pub mod file;
 pub mod load;
 pub mod publish;
 pub mod shadow;
+pub mod statistics;
 pub mod vectors;
 
 use std::collections::{BTreeMap, HashMap};
@@ -18,7 +22,7 @@ use std::collections::{BTreeMap, HashMap};
 use ndarray::ArrayView2;
 
 use crate::error::{Failure, FailureCode, JobError};
-use crate::job::check_name;
+use crate::job::{Classified, LabelScore, check_name};
 use crate::score::{ClassRows, ClassScore, Scorer};
 use vectors::{Norms, Precision, Vectors};
 
@@ -322,6 +326,59 @@ impl ClassVectors {
         let rows =
             ClassRows { vectors: &self.vectors, scales: &self.scales, row_class: &self.row_class };
         scorer.top_classes(embeddings, rows, top_k)
+    }
+}
+
+/// What one version says of an image.
+#[derive(Debug, Clone, Copy)]
+pub struct Opinion<'a> {
+    /// The label; none: unknown.
+    pub label: Option<&'a str>,
+    /// Cosine similarity of the best class.
+    pub score: f32,
+    /// By how much it beats the runner-up, in a set of more than one class.
+    pub margin: Option<f32>,
+}
+
+impl<'a> Opinion<'a> {
+    /// What `classes` say, by its best classes, best first. `min_score` is the job's threshold, if
+    /// it has one.
+    pub fn of(classes: &'a ClassVectors, top: &[ClassScore], min_score: Option<f32>) -> Self {
+        let best = top.first();
+        let score = best.map_or(-1.0, |best| best.score);
+        let threshold = min_score.or(best.and_then(|best| classes.threshold(best.class)));
+        Self {
+            label: best
+                .filter(|best| threshold.is_none_or(|t| best.score >= t))
+                .map(|best| classes.labels().get(best.class as usize)),
+            score,
+            margin: top.get(1).map(|second| score - second.score),
+        }
+    }
+}
+
+impl ClassVectors {
+    /// An image's entry in a result. `top` holds its best classes, best first, two at least where
+    /// the set has two; `top_k` of them are listed. `min_score` is the job's threshold, if it has
+    /// one; else the class's counts, else the set's.
+    pub fn classified(
+        &self,
+        top: &[ClassScore],
+        top_k: usize,
+        min_score: Option<f32>,
+    ) -> Classified {
+        let Opinion { label, score, margin } = Opinion::of(self, top, min_score);
+        let listed = top.iter().take(top_k).map(|best| LabelScore {
+            label: self.labels.get(best.class as usize).to_owned(),
+            score: best.score,
+        });
+        Classified {
+            label: label.map(str::to_owned),
+            score,
+            margin,
+            top: listed.collect(),
+            embedding: None,
+        }
     }
 }
 

@@ -1,8 +1,11 @@
 //! The commands, one file each, and what they share: flags, settings, exit codes.
 
+mod class_set;
 mod classes;
 mod classify;
+mod each;
 mod gather;
+mod output;
 mod progress;
 mod worker;
 

@@ -19,14 +19,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::classes::ClassVectors;
+use crate::classes::Opinion;
 use crate::classes::catalog::Catalog;
-use crate::classes::shadow::{Opinion, Shadow};
+use crate::classes::shadow::Shadow;
 use crate::embed::Backend;
 use crate::engine::{Scored, SubmitError, Want};
 use crate::error::{Failure, FailureCode, FatalError, ImageError, ImageErrorCode, JobError};
 use crate::job::{
-    Classified, ImageEntry, ImageRef, Job, JobResult, LabelScore, Outcome, Provenance, Verdict,
-    encode_embedding,
+    ImageEntry, ImageRef, Job, JobResult, Outcome, Provenance, Verdict, encode_embedding,
 };
 use crate::pipeline::Pipeline;
 use crate::retry::RetrySchedule;
@@ -298,7 +298,9 @@ impl Core {
                         let then = Opinion::of(candidate, &scored.shadow, job.min_score);
                         shadow.count(uri, &classes.id(), now, then);
                     }
-                    Verdict::Labelled(label(&scored, &classes, job))
+                    let mut classified = classes.classified(&scored.top, job.top_k, job.min_score);
+                    classified.embedding = scored.embedding.as_deref().map(encode_embedding);
+                    Verdict::Labelled(classified)
                 }
                 Err(error) => {
                     tracing::debug!(job = job.id, uri, code = %error.code, "image failed: {error}");
@@ -413,22 +415,5 @@ impl Core {
 
     fn backend(&self) -> Backend {
         self.pipeline.engine().backend()
-    }
-}
-
-/// The image's entry: its best class, unless that is under the threshold: the job's, else the
-/// class's, else the set's. `scored` lists two classes at least, for the margin.
-fn label(scored: &Scored, classes: &ClassVectors, job: &Job) -> Classified {
-    let Opinion { label, score, margin } = Opinion::of(classes, &scored.top, job.min_score);
-    let top = scored.top.iter().take(job.top_k).map(|best| LabelScore {
-        label: classes.labels().get(best.class as usize).to_owned(),
-        score: best.score,
-    });
-    Classified {
-        label: label.map(str::to_owned),
-        score,
-        margin,
-        top: top.collect(),
-        embedding: scored.embedding.as_deref().map(encode_embedding),
     }
 }

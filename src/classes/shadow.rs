@@ -7,9 +7,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use super::ClassVectors;
+use super::{ClassVectors, Opinion};
 use crate::job::ClassSelector;
-use crate::score::ClassScore;
 
 /// Kinds of flips that are counted one by one; what is beyond is counted together.
 const TRANSITIONS: usize = 10_000;
@@ -38,34 +37,6 @@ struct Counts {
     transitions: HashMap<(Option<String>, Option<String>), u64>,
     other_transitions: u64,
     examples: VecDeque<Example>,
-}
-
-/// What one version says of an image.
-#[derive(Debug, Clone, Copy)]
-pub struct Opinion<'a> {
-    /// The label; none: unknown.
-    pub label: Option<&'a str>,
-    /// Cosine similarity of the best class.
-    pub score: f32,
-    /// By how much it beats the runner-up, in a set of more than one class.
-    pub margin: Option<f32>,
-}
-
-impl<'a> Opinion<'a> {
-    /// What `classes` say, by its best classes, best first. `min_score` is the job's threshold, if
-    /// it has one.
-    pub fn of(classes: &'a ClassVectors, top: &[ClassScore], min_score: Option<f32>) -> Self {
-        let best = top.first();
-        let score = best.map_or(-1.0, |best| best.score);
-        let threshold = min_score.or(best.and_then(|best| classes.threshold(best.class)));
-        Self {
-            label: best
-                .filter(|best| threshold.is_none_or(|t| best.score >= t))
-                .map(|best| classes.labels().get(best.class as usize)),
-            score,
-            margin: top.get(1).map(|second| score - second.score),
-        }
-    }
 }
 
 impl Shadow {
@@ -243,6 +214,7 @@ pub struct Example {
 mod tests {
     use super::*;
     use crate::classes::Contents;
+    use crate::score::ClassScore;
     use ndarray::array;
 
     fn classes(version: &str, min_score: Option<f32>) -> ClassVectors {

@@ -1,4 +1,11 @@
-//! `angler classes`: make versions of class vectors.
+//! `angler classes`: make versions of class vectors, measure and compare them.
+
+mod compare;
+mod evaluate;
+mod kept;
+mod npy;
+mod rescore;
+mod tables;
 
 use std::path::PathBuf;
 
@@ -15,12 +22,15 @@ use crate::classes::{Contents, file};
 use crate::job::check_name;
 use crate::store::ObjectError;
 
-/// Make versions of class vectors
+/// Make versions of class vectors, measure and compare them
 #[derive(Subcommand)]
 pub enum ClassesCommand {
     // The commands' own types carry their help.
     Build(BuildCommand),
     Import(ImportCommand),
+    Evaluate(evaluate::EvaluateCommand),
+    Compare(compare::CompareCommand),
+    Rescore(rescore::RescoreCommand),
 }
 
 #[derive(Args)]
@@ -71,6 +81,9 @@ impl ClassesCommand {
         match self {
             Self::Build(command) => command.run(app).await,
             Self::Import(command) => command.run(app).await,
+            Self::Evaluate(command) => command.run(app).await,
+            Self::Compare(command) => command.run(app).await,
+            Self::Rescore(command) => command.run(app).await,
         }
     }
 }

@@ -1,8 +1,7 @@
 //! `angler classify`: the worker without a broker, over files.
 
-mod report;
+pub(super) mod report;
 
-use std::io::{BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -12,13 +11,14 @@ use clap::Args;
 use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
+use super::class_set::{ClassesOrigin, folder_name, read_file};
+use super::output::{self, Output};
 use super::progress::{build_with_progress, progress_bar, report_failed};
 use super::{UsageError, gather};
-use crate::app::{App, is_s3, last_component};
+use crate::app::App;
 use crate::classes::catalog::Catalog;
-use crate::classes::file;
 use crate::classes::{ClassVectors, Contents};
-use crate::job::{ClassSelector, Job, MAX_TOP_K, Run, check_name, hex};
+use crate::job::{ClassSelector, Job, MAX_TOP_K, Run, hex};
 use crate::model::Model;
 use crate::pipeline::Pipeline;
 use crate::shutdown;
@@ -56,17 +56,10 @@ pub struct Classify {
     embeddings: bool,
 }
 
-/// What `--classes` turned out to be.
-enum ClassesOrigin {
-    Folder(String),
-    File(PathBuf),
-    Set(ClassSelector),
-}
-
 impl Classify {
     pub(super) async fn run(self, app: &App) -> Result<()> {
         self.check()?;
-        let origin = self.origin()?;
+        let origin = ClassesOrigin::parse(&self.classes)?;
         let images = gather::images(app, &self.paths).await?;
         let references = match &origin {
             ClassesOrigin::Folder(folder) => gather::references(app, folder).await?,
@@ -130,7 +123,7 @@ impl Classify {
         let output = Output::open(self.out.as_deref())?;
         let bar = progress_bar(total, "images");
         let table = output.is_table();
-        let report = Arc::new(Mutex::new(Report::new(classes, total)));
+        let report = Arc::new(Mutex::new(Report::new(classes)));
         let (seen, ticking) = (Arc::clone(&report), bar.clone());
         let observer = Box::new(move |entry: &_| {
             seen.lock().unwrap_or_else(PoisonError::into_inner).add(entry);
@@ -183,30 +176,7 @@ impl Classify {
             return Err(UsageError("--min-score must lie in [-1, 1]".to_owned()));
         }
         // Found now and not when everything is classified.
-        if let Some(out) = &self.out {
-            let wrong = |what: String| UsageError(format!("--out {}: {what}", out.display()));
-            if out.is_dir() || out.file_name().is_none() {
-                return Err(wrong("it is a folder".to_owned()));
-            }
-            let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty());
-            if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
-                return Err(wrong(format!("there is no folder {}", folder.display())));
-            }
-        }
-        Ok(())
-    }
-
-    fn origin(&self) -> Result<ClassesOrigin, UsageError> {
-        let path = Path::new(&self.classes);
-        if path.is_dir() || is_s3(&self.classes) {
-            return Ok(ClassesOrigin::Folder(self.classes.clone()));
-        }
-        if path.is_file() {
-            return Ok(ClassesOrigin::File(path.to_owned()));
-        }
-        ClassSelector::parse(&self.classes)
-            .map(ClassesOrigin::Set)
-            .map_err(|e| UsageError(format!("--classes: no such folder or file, and {e}")))
+        output::check(self.out.as_deref())
     }
 }
 
@@ -217,94 +187,4 @@ fn fixed(classes: ClassVectors, model: &Model) -> Result<(Catalog, ClassSelector
         version: Some(classes.version().to_owned()),
     };
     Ok((Catalog::fixed(classes, &model.fingerprint, model.dim)?, selector))
-}
-
-/// `<set>/<version>.safetensors` names itself; any other path is named as well as it allows.
-fn read_file(path: &Path) -> Result<ClassVectors> {
-    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
-    let parent = path.parent().map(|p| last_component(&p.to_string_lossy())).unwrap_or_default();
-    let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-    let place = path.display().to_string();
-    Ok(file::read(&bytes, (&name_of(&parent), &name_of(&stem)), &place)?)
-}
-
-fn folder_name(folder: &str) -> String {
-    let absolute = Path::new(folder).canonicalize().map(|p| p.to_string_lossy().into_owned());
-    name_of(&last_component(&absolute.unwrap_or_else(|_| folder.to_owned())))
-}
-
-/// The text as a valid name: other characters become `-`.
-fn name_of(text: &str) -> String {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    let name: String = text.chars().map(|c| if allowed(c) { c } else { '-' }).take(64).collect();
-    if check_name(&name).is_ok() { name } else { "classes".to_owned() }
-}
-
-/// Where JSON lines go.
-enum Output {
-    /// A terminal: a table at the end instead.
-    Table,
-    /// Standard output, in a pipe.
-    Pipe,
-    /// A file, written beside its place and renamed when it is complete.
-    File { path: PathBuf, temporary: PathBuf, file: std::fs::File },
-}
-
-/// What is left to do once everything is written; dropped before, it leaves no half a file behind.
-struct Finish(Option<(PathBuf, PathBuf)>);
-
-type Writer = Option<Box<dyn Write + Send>>;
-
-impl Output {
-    fn open(out: Option<&Path>) -> Result<Self> {
-        let path = match out {
-            None if std::io::stdout().is_terminal() => return Ok(Self::Table),
-            None => return Ok(Self::Pipe),
-            Some(path) if path == Path::new("-") => return Ok(Self::Pipe),
-            Some(path) => path,
-        };
-        let name =
-            path.file_name().ok_or_else(|| anyhow!("--out {}: not a file", path.display()))?;
-        let temporary = path.with_file_name(format!(".{}.part", name.to_string_lossy()));
-        let file = std::fs::File::create(&temporary)
-            .with_context(|| format!("--out {}", path.display()))?;
-        Ok(Self::File { path: path.to_owned(), temporary, file })
-    }
-
-    fn is_table(&self) -> bool {
-        // With --out on a terminal the table is shown as well.
-        !matches!(self, Self::Pipe) && std::io::stdout().is_terminal()
-    }
-
-    fn split(self) -> Result<(Writer, Finish)> {
-        Ok(match self {
-            Self::Table => (None, Finish(None)),
-            Self::Pipe => {
-                let writer = BufWriter::new(std::io::stdout());
-                (Some(Box::new(writer)), Finish(None))
-            }
-            Self::File { path, temporary, file } => {
-                (Some(Box::new(BufWriter::new(file))), Finish(Some((temporary, path))))
-            }
-        })
-    }
-}
-
-impl Finish {
-    fn complete(mut self) -> Result<()> {
-        match self.0.take() {
-            Some((from, to)) => std::fs::rename(&from, &to)
-                .with_context(|| format!("{} cannot become {}", from.display(), to.display())),
-            None => Ok(()),
-        }
-    }
-}
-
-impl Drop for Finish {
-    fn drop(&mut self) {
-        if let Some((temporary, _)) = &self.0 {
-            // A leftover is only litter.
-            let _ = std::fs::remove_file(temporary);
-        }
-    }
 }

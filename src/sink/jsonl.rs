@@ -14,11 +14,24 @@ use crate::source::Reply;
 
 /// One line: an image's entry of its job's result, with what classified it beside.
 #[derive(Debug, Serialize)]
-struct Line<'a> {
+pub struct Line<'a> {
+    /// The image.
     #[serde(flatten)]
-    entry: &'a ImageEntry,
+    pub entry: &'a ImageEntry,
+    /// What classified it.
     #[serde(flatten)]
-    provenance: &'a Provenance,
+    pub provenance: &'a Provenance,
+}
+
+impl Line<'_> {
+    /// Writes the line with its end.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn write(&self, writer: &mut dyn Write) -> std::io::Result<()> {
+        serde_json::to_writer(&mut *writer, self)?;
+        writer.write_all(b"\n")
+    }
 }
 
 /// What looks on while results are written; called in order, once an image.
@@ -81,9 +94,8 @@ impl State {
         };
         for entry in images {
             if let Some(writer) = &mut self.writer {
-                serde_json::to_writer(&mut *writer, &Line { entry, provenance })
-                    .map_err(std::io::Error::from)
-                    .and_then(|()| writer.write_all(b"\n"))
+                Line { entry, provenance }
+                    .write(writer)
                     .map_err(|e| FatalError::Sink(e.to_string()))?;
             }
             (self.observer)(entry);

@@ -1,4 +1,5 @@
-//! What `angler classify` tells a person: a table of images, and a summary.
+//! What `angler classify` and `angler classes rescore` tell a person: a table of images, and a
+//! summary.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -17,7 +18,7 @@ use crate::model::Model;
 const ROWS: usize = 200;
 
 /// Counts, and the first rows.
-pub(super) struct Report {
+pub(in crate::cli) struct Report {
     total: usize,
     rows: Vec<(String, String, String)>,
     labels: BTreeMap<String, usize>,
@@ -30,9 +31,9 @@ pub(super) struct Report {
 }
 
 impl Report {
-    pub(super) fn new(classes: &ClassVectors, total: usize) -> Self {
+    pub(in crate::cli) fn new(classes: &ClassVectors) -> Self {
         Self {
-            total,
+            total: 0,
             rows: Vec::new(),
             labels: BTreeMap::new(),
             unknown: 0,
@@ -43,7 +44,8 @@ impl Report {
         }
     }
 
-    pub(super) fn add(&mut self, entry: &ImageEntry) {
+    pub(in crate::cli) fn add(&mut self, entry: &ImageEntry) {
+        self.total += 1;
         let (label, score) = match &entry.verdict {
             Verdict::Labelled(image) => {
                 match &image.label {
@@ -75,7 +77,7 @@ impl Report {
     }
 
     /// The images, one a row.
-    pub(super) fn table(&self) -> String {
+    pub(in crate::cli) fn table(&self) -> String {
         let mut table = Table::new();
         table
             .load_style(TableStyle::new().header_separator(LineStyle::none().fill('─')))
@@ -95,8 +97,13 @@ impl Report {
         text
     }
 
+    /// How many images there were.
+    pub(in crate::cli) fn total(&self) -> usize {
+        self.total
+    }
+
     /// The counts, the rate, and what classified.
-    pub(super) fn summary(
+    pub(in crate::cli) fn summary(
         &self,
         elapsed: Duration,
         classes: &ClassVectors,
@@ -120,6 +127,13 @@ impl Report {
         let _ = writeln!(text, "  model    {}", model.fingerprint);
         let _ = writeln!(text, "  back end {}", engine.backend());
         let _ = writeln!(text, "  batches  {}", engine.stats().describe());
+        text.push_str(&self.counts());
+        text
+    }
+
+    /// How many images got which label, or none, or failed.
+    pub(in crate::cli) fn counts(&self) -> String {
+        let mut text = String::new();
         let mut labels: Vec<(&String, &usize)> = self.labels.iter().collect();
         labels.sort_by(|a, b| b.1.cmp(a.1).then(a.0.cmp(b.0)));
         if !labels.is_empty() {
@@ -149,6 +163,7 @@ impl Report {
     }
 }
 
-fn plural(count: usize, what: &str) -> String {
+/// `1 image`, `2 images`.
+pub(in crate::cli) fn plural(count: usize, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
