@@ -42,6 +42,9 @@ const STYLE: &str = include_str!("page/page.css");
 const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
                       form-action 'none'; base-uri 'none'";
 
+/// The most characters of a fact that are set large; the name of a class is often longer.
+const SHORT: usize = 14;
+
 /// What a page or a picture for it failed on.
 #[derive(Debug, thiserror::Error)]
 pub enum PageError {
@@ -164,8 +167,14 @@ impl Page {
         let html = &mut self.body.0;
         html.push_str("<dl class=\"facts\">\n");
         for (name, value, note) in facts {
+            let long = value.chars().count() > SHORT;
             let (name, value) = (escape(name), escape(value));
-            let _ = write!(html, "<div><dt>{name}</dt><dd class=\"value\">{value}</dd>");
+            // A long one may be cut after some lines: its title is whole.
+            let class = match long {
+                true => format!("\"value long\" title=\"{value}\""),
+                false => "\"value\"".to_owned(),
+            };
+            let _ = write!(html, "<div><dt>{name}</dt><dd class={class}>{value}</dd>");
             if let Some(note) = note {
                 let _ = write!(html, "<dd class=\"note\">{}</dd>", escape(note));
             }

@@ -11,6 +11,10 @@ use super::{Html, count, escape, note, percent};
 
 /// The most classes shown: more cells than that are wallpaper.
 const CLASSES: usize = 40;
+/// With more columns than that, cells are smaller.
+const DENSE: usize = 20;
+/// The most characters of a head.
+const HEAD: usize = 25;
 /// The steps of shading, without none.
 const SHADES: f64 = 7.0;
 
@@ -26,23 +30,24 @@ pub fn confusion(rows: &[String], columns: &[String], counts: &[(usize, usize, u
         return note("There are no classes to show.");
     }
     let matrix = Matrix::new(rows, columns, counts);
-    let mut html = String::from(
-        "<div class=\"scroll tall\" tabindex=\"0\"><table class=\"matrix\">\n<thead><tr>\
+    let dense = if matrix.columns.len() > DENSE { " dense" } else { "" };
+    let mut html = format!(
+        "<div class=\"scroll tall\" tabindex=\"0\"><table class=\"matrix{dense}\">\n<thead><tr>\
          <th class=\"corner\"><span>true class</span><span>given label</span></th>",
     );
     let rest = matrix.has_rest.then_some("other classes");
     let heads = matrix.columns.iter().map(|c| columns[*c].as_str()).chain(rest);
     for head in heads.clone() {
-        let head = escape(head);
-        let _ = write!(html, "<th scope=\"col\" title=\"{head}\"><span>{head}</span></th>");
+        let (head, brief) = (escape(head), escape(&brief(head)));
+        let _ = write!(html, "<th scope=\"col\" title=\"{head}\"><span>{brief}</span></th>");
     }
     html.push_str(
         "<th scope=\"col\" class=\"sum\"><span>images</span></th>\
          <th scope=\"col\" class=\"sum\"><span>right</span></th></tr></thead>\n<tbody>\n",
     );
     for row in &matrix.rows {
-        let label = escape(&rows[*row]);
-        let _ = write!(html, "<tr><th scope=\"row\" title=\"{label}\"><span>{label}</span></th>");
+        let (label, brief) = (escape(&rows[*row]), escape(&brief(&rows[*row])));
+        let _ = write!(html, "<tr><th scope=\"row\" title=\"{label}\"><span>{brief}</span></th>");
         let total = matrix.totals[*row];
         for (place, head) in heads.clone().enumerate() {
             let diagonal = place < matrix.columns.len() && head == rows[*row];
@@ -62,6 +67,18 @@ pub fn confusion(rows: &[String], columns: &[String], counts: &[(usize, usize, u
         "A row is a true class, a column the label that its images got. Shade: share of the row; \
          errors are shaded more strongly, so that single ones show.",
     ))
+}
+
+/// A label that fits a head: of a long one the middle goes, since names of one kind begin alike and
+/// differ at the end. The whole one is the head's title.
+fn brief(label: &str) -> String {
+    let length = label.chars().count();
+    if length <= HEAD {
+        return label.to_owned();
+    }
+    let (start, end) = (HEAD / 2, HEAD - HEAD / 2 - 1);
+    let first = label.chars().take(start);
+    first.chain(['…']).chain(label.chars().skip(length - end)).collect()
 }
 
 /// One cell; `truth` is escaped already.
@@ -257,6 +274,12 @@ mod tests {
             assert!(matrix.columns.contains(&column), "{column}");
         }
         assert!(matrix.left_out(3, 1_001).unwrap().starts_with("960 labels"));
+    }
+
+    #[test]
+    fn long_labels_keep_both_ends() {
+        assert_eq!(brief("a-class-with-a-rather-long-name-22"), "a-class-with…long-name-22");
+        assert_eq!(brief(&"é".repeat(25)), "é".repeat(25));
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub enum Tone {
 /// One picture and what there is to say of it.
 #[derive(Debug, Clone)]
 pub struct Card {
-    /// A small JPEG, as [`thumbnail`](super::thumbnail) makes them; or why there is none, which is
+    /// A small JPEG, as [`thumbnail`](super::thumbnail()) makes them; or why there is none, which is
     /// shown in its place.
     pub thumbnail: Result<Vec<u8>, String>,
     /// Where the image is from; what follows the last `/` is shown as its name.
@@ -77,7 +77,11 @@ fn one(html: &mut String, card: &Card) {
     if !card.lines.is_empty() {
         html.push_str("<dl>");
         for (label, value) in &card.lines {
-            let _ = write!(html, "<div><dt>{}</dt><dd>{}</dd></div>", escape(label), escape(value));
+            let (label, value) = (escape(label), escape(value));
+            let _ = write!(
+                html,
+                "<div title=\"{label}: {value}\"><dt>{label}</dt><dd>{value}</dd></div>"
+            );
         }
         html.push_str("</dl>");
     }

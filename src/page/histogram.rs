@@ -139,14 +139,23 @@ impl Axis {
     }
 }
 
-/// The outline of a series' bars, filled.
+/// The outline of a series' bars, filled. Empty bins have none: it would cover the axis.
 fn bars(html: &mut String, series: &Series, class: &str, top: f64) {
-    let mut path = format!("M0 {FULL}");
-    for bin in 0..series.bins.len() {
-        let y = (1.0 - series.share(bin) / top) * FULL;
-        let _ = write!(path, "V{y:.1}H{}", bin + 1);
+    let mut path = String::new();
+    let mut open = false;
+    for (bin, part) in series.bins.iter().enumerate() {
+        if *part > 0 {
+            let start = if open { String::new() } else { format!("M{bin} {FULL}") };
+            let y = (1.0 - series.share(bin) / top) * FULL;
+            let _ = write!(path, "{start}V{y:.1}H{}", bin + 1);
+        } else if open {
+            let _ = write!(path, "V{FULL}Z");
+        }
+        open = *part > 0;
     }
-    let _ = write!(path, "V{FULL}Z");
+    if open {
+        let _ = write!(path, "V{FULL}Z");
+    }
     let _ = writeln!(
         html,
         "<svg y=\"{TOP}\" width=\"100%\" height=\"{PLOT}\" viewBox=\"0 0 {} {FULL}\" \
@@ -320,7 +329,7 @@ mod tests {
         let html = html.to_string();
         // Both peak at 75%, the axis ends at 80%: 62.5 of 1,000 units from the top.
         assert_eq!(html.matches("V62.5H2").count(), 2, "{html}");
-        assert!(html.contains("class=\"first\" d=\"M0 1000V1000.0H1V62.5H2V687.5H3V1000Z\""));
+        assert!(html.contains("class=\"first\" d=\"M1 1000V62.5H2V687.5H3V1000Z\""));
         assert!(html.contains("<title>0.2 to 0.4\nright: 300 (75.0%)\nwrong: 3 (75.0%)</title>"));
         assert!(html.contains("class=\"marker\" x1=\"50.00%\""));
         assert!(html.contains(
