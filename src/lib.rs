@@ -11,8 +11,8 @@
 //!    and lets [`score`] compare them with the job's version of [`classes`].
 //! 5. [`sink`] publishes the result, and only then is the delivery settled.
 //!
-//! [`app`] puts the parts together by [`config`]; [`cli`] is one file a command. ARCHITECTURE.md
-//! follows one job from end to end.
+//! [`app`] puts the parts together by [`config`]; [`cli`] is one file a command, and [`page`] is what
+//! commands show results with. ARCHITECTURE.md follows one job from end to end.
 
 pub mod amqp;
 pub mod app;
@@ -26,6 +26,7 @@ pub mod error;
 pub mod health;
 pub mod job;
 pub mod model;
+pub mod page;
 pub mod pipeline;
 pub mod preprocess;
 pub mod retry;

@@ -65,6 +65,7 @@ const LAYERS: &[(&str, Layer)] = &[
     ("cli", Top),
     ("app", Top),
     ("config", Top),
+    ("page", Top),
     ("shutdown", Top),
     ("telemetry", Top),
 ];

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The servers that the tests need: a private RabbitMQ and a private SeaweedFS (S3), on free loopback ports.
+# The servers that the tests need: a private RabbitMQ and a private SeaweedFS (S3), on free loopback ports; and a
+# browser that needs no screen.
 #
 #   eval "$(tests/services.sh up)"   installs what is missing, starts both, sets ANGLER_TEST_*: `cargo nextest run` works
 #   tests/services.sh down           stops them and deletes their data
@@ -32,6 +33,16 @@ logged() {
 }
 
 have_rabbitmq() { "$services/rabbitmq.sh" sbin >/dev/null 2>&1; }
+# The path of a browser; ANGLER_TEST_BROWSER names one. Debian's headless Chromium first: it is the smallest.
+browser() {
+  local name names=(chromium-headless-shell chromium google-chrome)
+  [[ -z ${ANGLER_TEST_BROWSER:-} ]] || names=("$ANGLER_TEST_BROWSER")
+  for name in "${names[@]}"; do
+    type -P "$name" && return
+  done
+  return 1
+}
+have_browser() { browser >/dev/null; }
 have_venv() { cmp -s "$services/requirements.txt" "$venv/requirements.txt" && "$venv/bin/python" -c '' 2>/dev/null; }
 have_python() { python3 -c 'import ensurepip, ssl, venv' 2>/dev/null; }
 
@@ -46,6 +57,7 @@ apt_install() {
 install_missing() {
   local packages=()
   have_rabbitmq || packages+=(rabbitmq-server)
+  have_browser || packages+=(chromium-headless-shell)
   have_venv || have_python || packages+=(python3-venv)
   if ((${#packages[@]})); then
     if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
@@ -53,6 +65,7 @@ install_missing() {
     fi
     logged "installing ${packages[*]} with apt-get" apt_install "${packages[@]}"
     have_rabbitmq || die 'RabbitMQ was installed, but is not in /usr/lib/rabbitmq; set ANGLER_TEST_RABBITMQ_SBIN to its sbin folder'
+    have_browser || die "there is no program ${ANGLER_TEST_BROWSER:-chromium-headless-shell}; set ANGLER_TEST_BROWSER to a Chromium or a Chrome"
   fi
   if ! have_venv; then
     have_python || die "python3 lacks venv, ensurepip or ssl ($(command -v python3 || echo 'there is none')); Debian's is complete with python3-venv"
@@ -68,7 +81,7 @@ fill_venv() {
 }
 
 install() {
-  have_rabbitmq && have_venv && return
+  have_rabbitmq && have_browser && have_venv && return
   mkdir -p "$test_env"
   # Runs side by side must not install into one folder at once.
   (
@@ -89,12 +102,14 @@ both() {
 start() { both start "$1"; }
 
 env_lines() {
-  local library
+  local library browser
+  browser=$(browser) || die 'no browser: run tests/services.sh install'
   library=$(printf '%s\n' "$venv"/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.1.* | head -n 1)
   [[ -f $library ]] || die "no ONNX Runtime in $venv: run tests/services.sh install"
   "$services/rabbitmq.sh" env "$1/rabbitmq"
   "$services/seaweedfs.sh" env "$1/seaweedfs"
   printf 'export ANGLER_TEST_ONNXRUNTIME=%q ANGLER_TEST_PYTHON=%q\n' "$library" "$venv/bin/python"
+  printf 'export ANGLER_TEST_BROWSER=%q\n' "$browser"
 }
 
 down() {

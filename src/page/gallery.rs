@@ -1,0 +1,124 @@
+//! Pictures with captions, in a grid.
+
+use std::fmt::Write;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+
+use super::{Html, count, escape, note};
+
+/// The most cards of a gallery: about 4 MB of thumbnails. Nobody looks at more.
+const CARDS: usize = 500;
+
+/// Whether what a card shows is as it should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tone {
+    /// In the accent colour.
+    Good,
+    /// In the colour of errors, with a heavier line.
+    Bad,
+    /// Neither.
+    Neutral,
+}
+
+/// One picture and what there is to say of it.
+#[derive(Debug, Clone)]
+pub struct Card {
+    /// A small JPEG, as [`thumbnail`](super::thumbnail()) makes them; or why there is none, which is
+    /// shown in its place.
+    pub thumbnail: Result<Vec<u8>, String>,
+    /// Where the image is from; what follows the last `/` is shown as its name.
+    pub uri: String,
+    /// Name and value, a line each.
+    pub lines: Vec<(String, String)>,
+    /// How the card looks.
+    pub tone: Tone,
+}
+
+/// The cards, as many side by side as there is room for. Of more than 500 the first are shown, and a
+/// note says how many more there are: put first what must be seen.
+pub fn gallery(cards: &[Card]) -> Html {
+    let mut html = String::from("<ul class=\"gallery\">\n");
+    for card in cards.iter().take(CARDS) {
+        one(&mut html, card);
+    }
+    html.push_str("</ul>\n");
+    let more = cards.len().saturating_sub(CARDS);
+    if more > 0 {
+        return Html(html).and(note(&format!("… and {} more", count(more as u64))));
+    }
+    Html(html)
+}
+
+fn one(html: &mut String, card: &Card) {
+    let class = match card.tone {
+        Tone::Good => "good",
+        Tone::Bad => "bad",
+        Tone::Neutral => "neutral",
+    };
+    let (folder, name) = parts(&card.uri);
+    let (uri, folder, name) = (escape(&card.uri), escape(folder), escape(name));
+    let _ = write!(html, "<li class=\"{class}\">");
+    match &card.thumbnail {
+        Ok(jpeg) => {
+            let data = STANDARD.encode(jpeg);
+            let _ = write!(
+                html,
+                "<div class=\"picture\"><img alt=\"{name}\" decoding=\"async\" \
+                 src=\"data:image/jpeg;base64,{data}\"></div>"
+            );
+        }
+        Err(why) => {
+            let _ = write!(html, "<div class=\"picture none\"><p>{}</p></div>", escape(why));
+        }
+    }
+    let _ =
+        write!(html, "<p class=\"uri\" title=\"{uri}\"><b>{name}</b> <span>{folder}</span></p>");
+    if !card.lines.is_empty() {
+        html.push_str("<dl>");
+        for (label, value) in &card.lines {
+            let (label, value) = (escape(label), escape(value));
+            let _ = write!(
+                html,
+                "<div title=\"{label}: {value}\"><dt>{label}</dt><dd>{value}</dd></div>"
+            );
+        }
+        html.push_str("</dl>");
+    }
+    html.push_str("</li>\n");
+}
+
+/// A URI as folder and name: the name is what tells images of one folder apart.
+fn parts(uri: &str) -> (&str, &str) {
+    match uri.rsplit_once('/') {
+        Some((_, "")) | None => ("", uri),
+        Some((folder, name)) => (folder, name),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uri_is_a_folder_and_a_name() {
+        assert_eq!(parts("s3://b/x/y.jpg"), ("s3://b/x", "y.jpg"));
+        assert_eq!(parts("y.jpg"), ("", "y.jpg"));
+        assert_eq!(parts("s3://b/x/"), ("", "s3://b/x/"));
+        assert_eq!(parts(""), ("", ""));
+    }
+
+    #[test]
+    fn a_long_gallery_ends_and_says_so() {
+        let card = Card {
+            thumbnail: Err("not_found: no such key".into()),
+            uri: "s3://b/a.jpg".into(),
+            lines: vec![("label".into(), "cola".into())],
+            tone: Tone::Neutral,
+        };
+        let html = gallery(&vec![card; CARDS + 1_200]).to_string();
+        assert_eq!(html.matches("<li ").count(), CARDS);
+        assert!(html.contains("… and 1,200 more"));
+        assert!(html.contains("not_found: no such key"));
+    }
+}
