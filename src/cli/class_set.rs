@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 
 use super::UsageError;
 use crate::app::{App, is_s3, last_component};
@@ -48,23 +48,18 @@ impl ClassesOrigin {
 ///
 /// # Errors
 /// If there is no such version, or it cannot be used.
-pub(super) async fn open(app: &App, text: &str) -> Result<ClassVectors> {
+pub(super) async fn open(app: &App, text: &str) -> Result<Arc<ClassVectors>> {
     if Path::new(text).is_file() {
-        return read_file(Path::new(text));
+        return read_file(Path::new(text)).map(Arc::new);
     }
     let selector = ClassSelector::parse(text)
         .map_err(|e| UsageError(format!("{text}: no class vectors file, and {e}")))?;
-    load(app, &selector).await
+    Ok(load_whole(app, &selector).await?.classes)
 }
 
-/// The version under `classes.root`, of whatever model: [`crate::classes::catalog::Catalog`] loads
-/// only what fits the model that runs, and here none does.
-async fn load(app: &App, selector: &ClassSelector) -> Result<ClassVectors> {
-    let loaded = load_whole(app, selector).await?;
-    Ok(Arc::try_unwrap(loaded.classes).map_err(|_| anyhow!("the version is in use"))?)
-}
-
-/// The same, with what its file was; the active version if the selector names none.
+/// The version under `classes.root`, of whatever model, with what its file was; the active version
+/// if the selector names none. [`crate::classes::catalog::Catalog`] loads only what fits the model
+/// that runs, and here none does.
 pub(super) async fn load_whole(app: &App, selector: &ClassSelector) -> Result<Loaded> {
     let root = app.class_root().await?;
     let set = &selector.set;

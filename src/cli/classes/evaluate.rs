@@ -76,7 +76,7 @@ impl EvaluateCommand {
         self.check()?;
         let references = gather::references(app, &self.images).await?;
         self.enough(references.len())?;
-        let classes = Arc::new(class_set::open(app, &self.classes).await?);
+        let classes = class_set::open(app, &self.classes).await?;
         let model = app.model()?;
         class_set::check_model(&classes, &model.fingerprint, model.dim)?;
         let engine = app.engine(&model)?;
