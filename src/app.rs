@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use tokio::sync::OnceCell;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::amqp::control::ControlListener;
+use crate::amqp::control::{ControlClient, ControlListener};
 use crate::amqp::publisher::Publisher;
 use crate::classes::catalog::Catalog;
 use crate::classes::shadow::Shadow;
@@ -118,6 +118,15 @@ impl App {
     pub async fn catalog(&self, model: &Model) -> Result<Catalog> {
         let options = self.settings.catalog_options();
         Ok(Catalog::new(self.class_root().await?, &model.fingerprint, model.dim, options))
+    }
+
+    /// Asks workers over the control exchange; `command` is part of its connection's name.
+    ///
+    /// # Errors
+    /// If the broker cannot be reached.
+    pub async fn control_client(&self, command: &str) -> Result<ControlClient> {
+        let s = &self.settings;
+        Ok(ControlClient::connect(&s.amqp_options(command), &s.topology()).await?)
     }
 
     /// What a worker is told; `jobs_in_flight` bounds admitted jobs.

@@ -12,6 +12,7 @@ pub mod compare;
 pub mod evaluate;
 pub mod file;
 pub mod load;
+pub mod neighbours;
 pub mod publish;
 pub mod shadow;
 pub mod statistics;

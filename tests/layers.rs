@@ -39,6 +39,7 @@ const LAYERS: &[(&str, Layer)] = &[
     ("classes::vectors", Values),
     ("classes::active", Values),
     ("classes::shadow", Values),
+    ("classes::neighbours", Values),
     ("control", Values),
     ("classes::load", Core),
     ("classes::publish", Core),

@@ -1,10 +1,14 @@
 //! `angler classes`: make versions of class vectors, measure and compare them.
 
+mod activate;
 mod compare;
 mod evaluate;
 mod kept;
+mod list;
 mod npy;
 mod rescore;
+mod shadow;
+mod show;
 mod tables;
 
 use std::path::PathBuf;
@@ -28,6 +32,11 @@ pub enum ClassesCommand {
     // The commands' own types carry their help.
     Build(BuildCommand),
     Import(ImportCommand),
+    List(list::ListCommand),
+    Show(show::ShowCommand),
+    Activate(activate::ActivateCommand),
+    Rollback(activate::RollbackCommand),
+    Shadow(shadow::ShadowCommand),
     Evaluate(evaluate::EvaluateCommand),
     Compare(compare::CompareCommand),
     Rescore(rescore::RescoreCommand),
@@ -81,6 +90,11 @@ impl ClassesCommand {
         match self {
             Self::Build(command) => command.run(app).await,
             Self::Import(command) => command.run(app).await,
+            Self::List(command) => command.run(app).await,
+            Self::Show(command) => command.run(app).await,
+            Self::Activate(command) => command.run(app).await,
+            Self::Rollback(command) => command.run(app).await,
+            Self::Shadow(command) => command.run(app).await,
             Self::Evaluate(command) => command.run(app).await,
             Self::Compare(command) => command.run(app).await,
             Self::Rescore(command) => command.run(app).await,
