@@ -14,6 +14,7 @@ use crate::app::App;
 use crate::classes::file::Expected;
 use crate::classes::publish::{Published, Target, activate};
 use crate::cli::UsageError;
+use crate::cli::classify::report::plural;
 use crate::control::{Answer, Request, SetStatus};
 use crate::job::{ClassSelector, check_name};
 
@@ -185,7 +186,7 @@ impl Announcing {
         }
         if behind > 0 {
             bail!(
-                "{set}@{} is active, but {behind} of the workers did not confirm it",
+                "{set}@{} is active, but not every worker confirmed it: {behind} did not",
                 active.version
             );
         }
@@ -214,9 +215,10 @@ impl Outcome<'_> {
             return text + "  no worker runs; the next one will serve it\n";
         }
         text += &format!(
-            "  {} of {total} workers serve it, after {:.2} s\n",
+            "  {} of {} serving it after {:.0} ms\n",
             workers.confirmed.len(),
-            self.seconds.unwrap_or_default()
+            plural(total, "worker"),
+            1000.0 * self.seconds.unwrap_or_default()
         );
         if !workers.idle.is_empty() {
             text += &format!(

@@ -12,6 +12,7 @@ use super::tables::{address, given, number, percent, show, table};
 use crate::app::App;
 use crate::classes::shadow::ShadowReport;
 use crate::cli::UsageError;
+use crate::cli::classify::report::plural;
 use crate::control::{Answer, Request};
 
 /// Show what classes.shadow would change, as the workers have counted
@@ -81,7 +82,7 @@ impl ShadowCommand {
 
 impl Counted {
     fn text(&self) -> String {
-        let mut text = format!("{} workers answered", self.workers);
+        let mut text = format!("{} answered", plural(self.workers, "worker"));
         if self.silent > 0 {
             text += &format!(", {} did not", self.silent);
         }
