@@ -7,6 +7,7 @@
 pub mod build;
 pub mod catalog;
 pub mod file;
+pub mod medoids;
 pub mod vectors;
 
 use std::collections::{BTreeMap, HashMap};

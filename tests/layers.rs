@@ -37,6 +37,7 @@ const LAYERS: &[(&str, Layer)] = &[
     ("classes", Values),
     ("classes::file", Values),
     ("classes::vectors", Values),
+    ("classes::medoids", Values),
     ("source", Ports),
     ("store", Ports),
     ("sink", Ports),
