@@ -6,8 +6,10 @@
 
 pub mod build;
 pub mod catalog;
+pub mod embedded;
 pub mod file;
 pub mod medoids;
+pub mod outliers;
 pub mod vectors;
 
 use std::collections::{BTreeMap, HashMap};
