@@ -1,39 +1,30 @@
-//! Class vectors out of reference images: one folder a class.
+//! Reference images, one folder a class, embedded: what class vectors are built from.
 //!
-//! A class's vector is the mean of its images' normalised embeddings; normalised, it is the
-//! direction that has the largest mean cosine with them (the spherical mean).
+//! The images go the way of every image ([`crate::pipeline`]); what becomes of their embeddings is
+//! in [`super::embedded`].
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use ndarray::{Array1, Array2};
+use ndarray::Array2;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::Contents;
+pub use super::embedded::Reference;
+use super::embedded::{Class, Embedded, NoDirection};
+use super::vectors::{Precision, Vectors};
 use crate::engine::{Scored, SubmitError, Want};
 use crate::error::{FatalError, ImageError};
 use crate::pipeline::Pipeline;
 
-/// A reference image and its class.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Reference {
-    /// The class.
-    pub label: String,
-    /// A path or an `s3://` URI.
-    pub uri: String,
-}
-
-/// What was built.
+/// Class vectors made of means.
 #[derive(Debug)]
 pub struct Built {
     /// One row a class, in the order of the labels.
     pub labels: Vec<String>,
     /// [classes, dim], unit rows.
     pub vectors: Array2<f32>,
-    /// How many images each class was made of.
-    pub images: Vec<usize>,
     /// Images that could not be used.
-    pub failed: Vec<(Reference, ImageError)>,
+    pub failed: Failed,
 }
 
 /// Why nothing was built.
@@ -51,11 +42,20 @@ pub enum BuildError {
     #[error("there are no reference images")]
     NoImages,
     /// The embeddings of a class cancel each other out.
-    #[error("the mean of class {0:?} is zero: its images have nothing in common")]
-    NoDirection(String),
+    #[error(transparent)]
+    NoDirection(#[from] NoDirection),
     /// The engine is gone.
     #[error(transparent)]
     Fatal(#[from] FatalError),
+}
+
+/// Whether each image's embedding stays in memory, or only the sums of the classes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// Sums alone: memory depends on the number of classes.
+    Sums,
+    /// Embeddings as well, as f16: images × dimension × 2 bytes.
+    Embeddings,
 }
 
 /// Results that may wait for an image before them. Sums of floats depend on their order, so images
@@ -71,16 +71,35 @@ type Embedding = AbortOnDropHandle<Result<Scored, SubmitError>>;
 pub async fn build(
     pipeline: &Arc<Pipeline>,
     references: Vec<Reference>,
-    mut progress: impl FnMut(),
+    progress: impl FnMut(),
 ) -> Result<Built, BuildError> {
-    let mut means: BTreeMap<String, Mean> = BTreeMap::new();
-    let mut failed = Vec::new();
+    let (embedded, failed) = embed(pipeline, references, Keep::Sums, progress).await?;
+    let vectors = embedded.means()?;
+    let labels = embedded.classes.into_iter().map(|class| class.label).collect();
+    Ok(Built { labels, vectors, failed })
+}
+
+/// Images that could not be used, and why, sorted.
+pub type Failed = Vec<(Reference, ImageError)>;
+
+/// Embeds every reference image; `progress` is called once an image. Also yields the images that
+/// could not be used.
+///
+/// # Errors
+/// [`BuildError`]; a single image that fails is none, unless its class has no other.
+pub async fn embed(
+    pipeline: &Arc<Pipeline>,
+    references: Vec<Reference>,
+    keep: Keep,
+    mut progress: impl FnMut(),
+) -> Result<(Embedded, Failed), BuildError> {
+    let mut gathered = Gathered::new(keep, references.len());
     let mut running: VecDeque<(Reference, Embedding)> = VecDeque::new();
     for reference in references {
         while running.len() >= WINDOW
             || running.front().is_some_and(|(_, embedding)| embedding.is_finished())
         {
-            take(running.pop_front(), &mut means, &mut failed).await?;
+            gathered.take(running.pop_front()).await?;
             progress();
         }
         // A slot before the task: however many references there are, few are in memory.
@@ -91,87 +110,85 @@ pub async fn build(
         running.push_back((reference, AbortOnDropHandle::new(embedding)));
     }
     while !running.is_empty() {
-        take(running.pop_front(), &mut means, &mut failed).await?;
+        gathered.take(running.pop_front()).await?;
         progress();
     }
-    finish(means, failed)
+    gathered.finish()
 }
 
-async fn take(
-    next: Option<(Reference, Embedding)>,
-    means: &mut BTreeMap<String, Mean>,
-    failed: &mut Vec<(Reference, ImageError)>,
-) -> Result<(), BuildError> {
-    let Some((reference, embedding)) = next else { return Ok(()) };
-    let fatal = |e: String| BuildError::Fatal(FatalError::Engine(e));
-    let mean = means.entry(reference.label.clone()).or_default();
-    match embedding.await.map_err(|e| fatal(e.to_string()))? {
-        Ok(scored) => mean.add(&scored.embedding.unwrap_or_default()),
-        Err(SubmitError::Image(error)) => failed.push((reference, error)),
-        Err(SubmitError::Gone) => return Err(fatal("it stopped".to_owned())),
-    }
-    Ok(())
+/// What came so far.
+struct Gathered {
+    keep: Keep,
+    /// How many images there are at most: the room that is taken at the first embedding, when its
+    /// length is known.
+    expected: usize,
+    classes: BTreeMap<String, Class>,
+    vectors: Option<Vectors>,
+    images: Vec<String>,
+    failed: Failed,
 }
 
-fn finish(
-    means: BTreeMap<String, Mean>,
-    mut failed: Vec<(Reference, ImageError)>,
-) -> Result<Built, BuildError> {
-    failed.sort_by(|a, b| a.0.cmp(&b.0));
-    if means.is_empty() {
-        return Err(BuildError::NoImages);
-    }
-    let mut labels = Vec::with_capacity(means.len());
-    let mut images = Vec::with_capacity(means.len());
-    let mut rows = Vec::with_capacity(means.len());
-    for (label, mean) in means {
-        if mean.count == 0 {
-            let first = failed.iter().find(|(reference, _)| reference.label == label);
-            let first = first.map(|(r, e)| format!("{}: {e}", r.uri)).unwrap_or_default();
-            return Err(BuildError::EmptyClass { label, first });
+impl Gathered {
+    fn new(keep: Keep, expected: usize) -> Self {
+        Self {
+            keep,
+            expected,
+            classes: BTreeMap::new(),
+            vectors: None,
+            images: Vec::new(),
+            failed: Vec::new(),
         }
-        images.push(mean.count);
-        rows.push(mean.vector().ok_or_else(|| BuildError::NoDirection(label.clone()))?);
-        labels.push(label);
     }
-    let dim = rows[0].len();
-    let mut vectors = Array2::zeros((rows.len(), dim));
-    for (mut out, row) in vectors.rows_mut().into_iter().zip(&rows) {
-        out.assign(row);
-    }
-    Ok(Built { labels, vectors, images, failed })
-}
 
-impl Built {
-    /// What a file of this is written from.
-    pub fn contents(&self, model: &str, source: Option<String>) -> Contents {
-        let mut contents = Contents::new(self.labels.clone(), self.vectors.clone(), model);
-        contents.source = source;
-        contents
-    }
-}
-
-/// The sum of a class's embeddings.
-#[derive(Default)]
-struct Mean {
-    sum: Vec<f64>,
-    count: usize,
-}
-
-impl Mean {
-    fn add(&mut self, embedding: &[f32]) {
-        self.sum.resize(embedding.len(), 0.0);
-        for (sum, value) in self.sum.iter_mut().zip(embedding) {
-            *sum += f64::from(*value);
+    async fn take(&mut self, next: Option<(Reference, Embedding)>) -> Result<(), BuildError> {
+        let Some((reference, embedding)) = next else { return Ok(()) };
+        let fatal = |e: String| BuildError::Fatal(FatalError::Engine(e));
+        match embedding.await.map_err(|e| fatal(e.to_string()))? {
+            Ok(scored) => self.add(reference, &scored.embedding.unwrap_or_default()),
+            Err(SubmitError::Image(error)) => self.fail(reference, error),
+            Err(SubmitError::Gone) => return Err(fatal("it stopped".to_owned())),
         }
-        self.count += 1;
+        Ok(())
     }
 
-    /// The mean, normalised; none if it has no direction.
-    fn vector(&self) -> Option<Array1<f32>> {
-        let mut mean: Array1<f32> =
-            self.sum.iter().map(|sum| (sum / self.count as f64) as f32).collect();
-        crate::score::normalise(mean.view_mut()).then_some(mean)
+    fn class(&mut self, label: &str) -> &mut Class {
+        self.classes.entry(label.to_owned()).or_default()
+    }
+
+    fn add(&mut self, reference: Reference, embedding: &[f32]) {
+        let row = self.images.len();
+        let keep = self.keep == Keep::Embeddings;
+        let class = self.class(&reference.label);
+        class.add(embedding);
+        if keep {
+            class.rows.push(row);
+            let dim = embedding.len();
+            let room = || Vectors::with_capacity(Precision::F16, self.expected, dim);
+            self.vectors.get_or_insert_with(room).push(embedding);
+            self.images.push(reference.uri);
+        }
+    }
+
+    fn fail(&mut self, reference: Reference, error: ImageError) {
+        self.class(&reference.label);
+        self.failed.push((reference, error));
+    }
+
+    fn finish(self) -> Result<(Embedded, Failed), BuildError> {
+        let mut failed = self.failed;
+        failed.sort_by(|a, b| a.0.cmp(&b.0));
+        let mut classes = Vec::with_capacity(self.classes.len());
+        for (label, class) in self.classes {
+            if class.count == 0 {
+                let first = failed.iter().find(|(reference, _)| reference.label == label);
+                let first = first.map(|(r, e)| format!("{}: {e}", r.uri)).unwrap_or_default();
+                return Err(BuildError::EmptyClass { label, first });
+            }
+            classes.push(Class { label, ..class });
+        }
+        let dim = classes.first().ok_or(BuildError::NoImages)?.sum.len();
+        let vectors = self.vectors.unwrap_or_else(|| Vectors::zeros(Precision::F16, 0, dim));
+        Ok((Embedded { classes, vectors, images: self.images, dim }, failed))
     }
 }
 
@@ -186,24 +203,30 @@ mod tests {
 
     #[test]
     fn a_class_is_the_normalised_mean_in_the_order_of_its_labels() {
-        let mut means: BTreeMap<String, Mean> = BTreeMap::new();
-        means.entry("b".into()).or_default().add(&[1.0, 0.0]);
-        means.entry("b".into()).or_default().add(&[0.0, 1.0]);
-        means.entry("a".into()).or_default().add(&[0.0, 1.0]);
-        let built = finish(means, vec![]).unwrap();
-        assert_eq!(built.labels, ["a", "b"]);
-        assert_eq!(built.images, [1, 2]);
-        let half = std::f32::consts::FRAC_1_SQRT_2;
-        assert!((built.vectors[[1, 0]] - half).abs() < 1e-6);
+        for keep in [Keep::Sums, Keep::Embeddings] {
+            let mut gathered = Gathered::new(keep, 3);
+            gathered.add(reference("b", "b/1"), &[1.0, 0.0]);
+            gathered.add(reference("b", "b/2"), &[0.0, 1.0]);
+            gathered.add(reference("a", "a/1"), &[0.0, 1.0]);
+            let (embedded, failed) = gathered.finish().unwrap();
+            let of = |class: &Class| (class.label.clone(), class.count);
+            let classes: Vec<_> = embedded.classes.iter().map(of).collect();
+            assert_eq!(classes, [("a".to_owned(), 1), ("b".to_owned(), 2)]);
+            let half = std::f32::consts::FRAC_1_SQRT_2;
+            assert!((embedded.means().unwrap()[[1, 0]] - half).abs() < 1e-6);
+            assert!(failed.is_empty());
+            let kept = if keep == Keep::Embeddings { 3 } else { 0 };
+            assert_eq!((embedded.vectors.rows(), embedded.images.len()), (kept, kept));
+        }
     }
 
     #[test]
     fn a_class_without_a_usable_image_is_an_error_with_the_reason() {
-        let mut means: BTreeMap<String, Mean> = BTreeMap::new();
-        means.entry("a".into()).or_default();
-        let failed =
-            vec![(reference("a", "a/1.jpg"), ImageError::new(ImageErrorCode::CorruptImage, "cut"))];
-        let message = finish(means, failed).unwrap_err().to_string();
+        let mut gathered = Gathered::new(Keep::Embeddings, 2);
+        gathered.add(reference("b", "b/1.jpg"), &[1.0, 0.0]);
+        let error = ImageError::new(ImageErrorCode::CorruptImage, "cut");
+        gathered.fail(reference("a", "a/1.jpg"), error);
+        let message = gathered.finish().unwrap_err().to_string();
         assert!(message.contains("\"a\"") && message.contains("a/1.jpg: cut"), "{message}");
     }
 }

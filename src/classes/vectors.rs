@@ -55,10 +55,16 @@ enum Values {
 
 impl From<Array2<f32>> for Vectors {
     fn from(matrix: Array2<f32>) -> Self {
-        let dim = matrix.ncols();
-        let matrix = matrix.as_standard_layout().into_owned();
-        // Standard layout and owned: its values are the buffer, from the first on.
-        let (values, _) = matrix.into_raw_vec_and_offset();
+        let (len, dim) = (matrix.len(), matrix.ncols());
+        // The copy is only for other layouts: a large matrix is not held twice.
+        let matrix = match matrix.is_standard_layout() {
+            true => matrix,
+            false => matrix.as_standard_layout().into_owned(),
+        };
+        let (mut values, offset) = matrix.into_raw_vec_and_offset();
+        // A matrix may be a part of its buffer.
+        values.drain(..offset.unwrap_or(0));
+        values.truncate(len);
         Self { values: Values::F32(values), dim }
     }
 }
@@ -71,6 +77,24 @@ impl Vectors {
             Precision::F16 => Values::F16(vec![f16::ZERO; rows * dim]),
         };
         Self { values, dim }
+    }
+
+    /// No rows yet, with room for `rows`: what is pushed up to there moves nothing.
+    pub fn with_capacity(precision: Precision, rows: usize, dim: usize) -> Self {
+        let values = match precision {
+            Precision::F32 => Values::F32(Vec::with_capacity(rows * dim)),
+            Precision::F16 => Values::F16(Vec::with_capacity(rows * dim)),
+        };
+        Self { values, dim }
+    }
+
+    /// Appends a row of `dim` values; to f16 they are rounded as they are.
+    pub fn push(&mut self, row: &[f32]) {
+        debug_assert_eq!(row.len(), self.dim);
+        match &mut self.values {
+            Values::F32(values) => values.extend_from_slice(row),
+            Values::F16(values) => values.extend(row.iter().map(|x| f16::from_f32(*x))),
+        }
     }
 
     /// The same vectors in another precision. To f16 they are scaled to unit length first, which
@@ -286,6 +310,18 @@ mod tests {
         assert_eq!((norms.min, norms.max), (2.0, 5.0));
         assert_eq!((vectors.bytes(), vectors.rows(), vectors.dim()), (8, 2, 2));
         assert!(vectors.view(0, 1).is_none());
+    }
+
+    #[test]
+    fn any_layout_of_a_matrix_becomes_row_after_row() {
+        let whole = array![[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]];
+        let part = whole.clone().slice_move(ndarray::s![1..2, ..]);
+        assert_eq!(Vectors::from(part), Vectors::from(array![[3.0, 4.0]]));
+        let columns = whole.clone().reversed_axes();
+        assert_eq!(Vectors::from(columns).row(1), [2.0, 4.0, 6.0]);
+        let mut pushed = Vectors::with_capacity(Precision::F32, 3, 2);
+        whole.rows().into_iter().for_each(|row| pushed.push(&row.to_vec()));
+        assert_eq!(Vectors::from(whole), pushed);
     }
 
     #[test]

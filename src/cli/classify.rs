@@ -75,7 +75,7 @@ impl Classify {
             ClassesOrigin::File(path) => fixed(read_file(&path)?, &model)?,
             ClassesOrigin::Folder(folder) => {
                 let built = build_with_progress(&pipeline, references).await?;
-                report_failed(&built);
+                report_failed(&built.failed);
                 let name = folder_name(&folder);
                 let version = {
                     let mut hash = Sha256::new();

@@ -6,7 +6,8 @@ use std::time::Duration;
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::classes::build::{Built, Reference, build};
+use crate::classes::build::{Built, Failed, Keep, Reference, build, embed};
+use crate::classes::embedded::Embedded;
 use crate::pipeline::Pipeline;
 
 /// A bar with rate and time left, on a terminal and for work that takes a while; else nothing.
@@ -45,9 +46,20 @@ pub(super) async fn build_with_progress(
     Ok(built?)
 }
 
+/// Embeds reference images, and keeps them, with a progress bar on a terminal.
+pub(super) async fn embed_with_progress(
+    pipeline: &Arc<Pipeline>,
+    references: Vec<Reference>,
+) -> Result<(Embedded, Failed)> {
+    let bar = progress_bar(references.len(), "references");
+    let embedded = embed(pipeline, references, Keep::Embeddings, || bar.inc(1)).await;
+    bar.finish_and_clear();
+    Ok(embedded?)
+}
+
 /// Reference images that could not be used, on standard error.
-pub(super) fn report_failed(built: &Built) {
-    for (reference, error) in &built.failed {
+pub(super) fn report_failed(failed: &Failed) {
+    for (reference, error) in failed {
         eprintln!("not used: {}: {} ({})", reference.uri, error, error.code);
     }
 }
