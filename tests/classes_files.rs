@@ -629,7 +629,7 @@ fn an_export_overwrites_only_by_force() {
         ("i@1", &beyond, 2, &["there is no folder", "gone"]),
         ("i@2", &csv, 1, &["\"i\" has no version \"2\""]),
         ("i", &csv, 1, &["\"i\" is unknown", "active.json"]),
-        ("i@", &csv, 2, &["\"i@\": no such file", "class set"]),
+        ("i@", &csv, 2, &["i@: no class vectors file", "not a name"]),
         (readme.to_str().unwrap(), &csv, 1, &["README.md", "safetensors"]),
     ] {
         let message = failed(&bench.setup, code, &["classes", "export", classes, "--out", out]);
