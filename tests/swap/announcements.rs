@@ -16,7 +16,7 @@ async fn two_versions(poll_seconds: &str) -> (World, Vec<String>) {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_written_to_the_store_alone_is_found_by_polling_and_by_whoever_starts() {
     let (world, images) = two_versions("0.2").await;
-    let first = world.setup.start().await;
+    let mut first = world.setup.start().await;
     let client = world.broker.connect().await;
     let mut results = client.consume("angler.results").await;
     assert_eq!(labels(&client, &mut results, &images, SET).await, colours("1"));
@@ -25,7 +25,9 @@ async fn what_was_written_to_the_store_alone_is_found_by_polling_and_by_whoever_
     let status = serves(&first, "2").await;
     assert_eq!((&status["swaps"], &status["refusals"]), (&1.into(), &0.into()));
     assert_eq!(labels(&client, &mut results, &images, SET).await, colours("2"));
-    drop(first);
+    // Killed between a result and its ack, it would leave that job to the second.
+    first.signal("TERM");
+    assert!(first.ended().await.success(), "{}", first.log());
 
     let second = world.setup.start().await;
     let status = serves(&second, "2").await;
