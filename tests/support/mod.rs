@@ -456,6 +456,11 @@ impl Worker {
         self.log.lock().unwrap().join("\n")
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub async fn ready(&self) {
         eventually(&format!("ready:\n{}", self.log()), async || {
             let (status, _) = http_get(&format!("{}/readyz", self.http))?;
