@@ -2,10 +2,12 @@
 
 mod compare;
 mod evaluate;
+mod html;
 mod kept;
 mod npy;
 mod rescore;
 mod tables;
+mod thumbnails;
 
 use std::path::PathBuf;
 
