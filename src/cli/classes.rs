@@ -6,6 +6,7 @@ mod compare;
 mod evaluate;
 mod export;
 mod formats;
+mod html;
 mod import;
 mod kept;
 mod list;
@@ -15,6 +16,7 @@ mod shadow;
 mod show;
 mod tables;
 mod thresholds;
+mod thumbnails;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};

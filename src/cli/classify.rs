@@ -176,7 +176,7 @@ impl Classify {
             return Err(UsageError("--min-score must lie in [-1, 1]".to_owned()));
         }
         // Found now and not when everything is classified.
-        output::check(self.out.as_deref())
+        output::check("--out", self.out.as_deref())
     }
 }
 

@@ -8,10 +8,10 @@ use anyhow::{Context, Result, anyhow};
 
 use super::UsageError;
 
-/// Whether a file can be written there, before there is anything to write.
-pub(super) fn check(out: Option<&Path>) -> Result<(), UsageError> {
+/// Whether the file of this flag can be written, before there is anything to write.
+pub(super) fn check(flag: &str, out: Option<&Path>) -> Result<(), UsageError> {
     if let Some(out) = out {
-        let wrong = |what: String| UsageError(format!("--out {}: {what}", out.display()));
+        let wrong = |what: String| UsageError(format!("{flag} {}: {what}", out.display()));
         if out.is_dir() || out.file_name().is_none() {
             return Err(wrong("it is a folder".to_owned()));
         }

@@ -1,11 +1,14 @@
 //! `angler classes compare`: what another version changes, on the same embeddings.
 
+mod page;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::Args;
 use serde::Serialize;
 
+use super::html;
 use super::kept::{BATCH, Expected, Kept, KeptFile, matrix};
 use super::tables::{
     errors, given, label, narrow_address, narrow_given, number, rate, show, table,
@@ -35,6 +38,9 @@ pub struct CompareCommand {
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
+    /// Write the result as an HTML page, with pictures of the images whose label changes
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -62,6 +68,7 @@ struct Report<'a> {
 
 impl CompareCommand {
     pub(super) async fn run(self, app: &App) -> Result<()> {
+        html::check(self.html.as_deref())?;
         let a = class_set::open(app, &self.a).await?;
         let b = class_set::open(app, &self.b).await?;
         // Versions of two models do not share a space, nor do they share embeddings.
@@ -90,6 +97,9 @@ impl CompareCommand {
             show(&format!("{}\n", serde_json::to_string(&report)?))?;
         } else {
             show(&report.text())?;
+        }
+        if let Some(path) = &self.html {
+            html::write(path, &report.page(app).await)?;
         }
         Ok(())
     }
@@ -230,12 +240,7 @@ impl Report<'_> {
             6,
             c.flips.first.iter().map(|flip| {
                 let side = |v: &Verdict| [narrow_given(v.label.as_deref()), number(Some(v.score))];
-                let effect = match flip.effect {
-                    Some(Effect::Fixed) => "fixed",
-                    Some(Effect::Broken) => "broken",
-                    Some(Effect::Neutral) => "neutral",
-                    None => "",
-                };
+                let effect = effect(flip.effect).unwrap_or_default();
                 let mut row = vec![narrow_address(&flip.uri)];
                 row.extend(side(&flip.a));
                 row.extend(side(&flip.b));
@@ -247,6 +252,14 @@ impl Report<'_> {
         text += &errors(&c.errors);
         text
     }
+}
+
+fn effect(effect: Option<Effect>) -> Option<&'static str> {
+    Some(match effect? {
+        Effect::Fixed => "fixed",
+        Effect::Broken => "broken",
+        Effect::Neutral => "neutral",
+    })
 }
 
 fn shifts(c: &Comparison) -> String {

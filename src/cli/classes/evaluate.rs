@@ -1,5 +1,7 @@
 //! `angler classes evaluate`: how well a version names images whose class is known.
 
+mod page;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -7,19 +9,21 @@ use anyhow::{Context, Result};
 use clap::Args;
 use serde::Serialize;
 
+use super::html;
 use super::tables::{address, label, number, percent, rate, show, table};
 use crate::app::App;
 use crate::classes::ClassVectors;
 use crate::classes::build::Reference;
 use crate::classes::calibrate::{Calibration, CalibrationError, searches_for_one};
 use crate::classes::catalog::version_key;
-use crate::classes::evaluate::{Evaluation, Evaluator, Labelled};
+use crate::classes::evaluate::{ClassEvaluation, Evaluation, Evaluator, Labelled};
 use crate::classes::file;
 use crate::classes::statistics::Rate;
 use crate::cli::each::each_image;
 use crate::cli::{UsageError, class_set, gather};
 use crate::engine::Want;
 use crate::job::{ClassSelector, MAX_TOP_K, check_name};
+use crate::store::ObjectError;
 
 /// Measure a version with images whose class is known, and find its threshold
 ///
@@ -45,8 +49,8 @@ pub struct EvaluateCommand {
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
-    /// Write the result as a page
-    #[arg(long, value_name = "FILE", hide = true)]
+    /// Write the result as an HTML page, with pictures of the mistakes
+    #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
 }
 
@@ -74,6 +78,7 @@ struct Saved {
 impl EvaluateCommand {
     pub(super) async fn run(self, app: &App) -> Result<()> {
         self.check()?;
+        self.is_new(app).await?;
         let references = gather::references(app, &self.images).await?;
         self.enough(references.len())?;
         let classes = class_set::open(app, &self.classes).await?;
@@ -137,13 +142,13 @@ impl EvaluateCommand {
         } else {
             show(&report.text())?;
         }
-        uncalibrated.map_or(Ok(()), Err)?;
-        unsaved.map_or(Ok(()), Err)?;
         if let Some(path) = &self.html {
-            let page = page(&evaluation)?;
-            std::fs::write(path, page).with_context(|| path.display().to_string())?;
+            let why_not = uncalibrated.as_ref().map(ToString::to_string);
+            let page = report.page(app, classes.min_scores().len(), why_not).await;
+            html::write(path, &page)?;
         }
-        Ok(())
+        uncalibrated.map_or(Ok(()), Err)?;
+        unsaved.map_or(Ok(()), Err)
     }
 
     fn check(&self) -> Result<(), UsageError> {
@@ -162,7 +167,20 @@ impl EvaluateCommand {
             }
             ClassSelector::parse(&self.classes).map_err(UsageError)?;
         }
-        Ok(())
+        html::check(self.html.as_deref())
+    }
+
+    /// A version that exists is found out before images are embedded. One that is written in between
+    /// is found when this one is.
+    async fn is_new(&self, app: &App) -> Result<()> {
+        let Some(version) = &self.save_as else { return Ok(()) };
+        let set = ClassSelector::parse(&self.classes).map_err(UsageError)?.set;
+        let root = app.class_root().await?;
+        let key = version_key(&set, version);
+        match root.open(&key).await.context("--save-as")? {
+            Some(_) => Err(ObjectError::Exists(root.place(&key))).context("--save-as"),
+            None => Ok(()),
+        }
     }
 
     /// Too few images are found out before they are embedded.
@@ -191,11 +209,6 @@ async fn save_with_threshold(
     let key = version_key(classes.set(), version);
     root.create(&key, bytes.into()).await.context("the new version cannot be written")?;
     Ok(Saved { classes: format!("{}@{version}", classes.set()), place: root.place(&key) })
-}
-
-/// The evaluation as a page.
-fn page(_evaluation: &Evaluation) -> Result<String> {
-    Err(UsageError("--html is not part of this version".to_owned()).into())
 }
 
 impl Report<'_> {
@@ -264,11 +277,16 @@ fn rates(title: &str, rows: &[(&str, &Rate)]) -> String {
 }
 
 /// The classes that have images or whose label was given, the lowest recall first.
-fn classes(e: &Evaluation) -> String {
+fn seen(e: &Evaluation) -> Vec<&ClassEvaluation> {
     let mut seen: Vec<_> =
         e.per_class.iter().filter(|c| c.images > 0 || c.precision.of > 0).collect();
     let order = |share: Option<f64>| share.unwrap_or(f64::INFINITY);
     seen.sort_by(|a, b| order(a.recall.share()).total_cmp(&order(b.recall.share())));
+    seen
+}
+
+fn classes(e: &Evaluation) -> String {
+    let seen = seen(e);
     let rows = seen.iter().map(|c| {
         vec![
             label(&c.label),

@@ -115,7 +115,7 @@ impl RescoreCommand {
                 "--ids goes with a .npy file: lines name themselves".to_owned(),
             ));
         }
-        output::check(self.out.as_deref())
+        output::check("--out", self.out.as_deref())
     }
 
     fn score(

@@ -1,0 +1,90 @@
+//! The few images that a page shows, fetched and decoded once more.
+//!
+//! Of all images that were scored nothing is kept, and only at the end it is known which ones are
+//! worth a look. They are shown whole, not as the model's crop: what the crop cut away may be why a
+//! label is wrong. It takes no model, so kept results can be shown as well. The limits are those of
+//! `[limits]`: bytes, pixels, the time of one image, a decoder a core.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+use crate::app::App;
+use crate::cli::progress::progress_bar;
+use crate::error::ImageErrorCode;
+use crate::page::{THUMBNAIL_SIDE, thumbnail};
+use crate::preprocess::{PixelLimits, decode};
+use crate::store::{ByteBudget, ImageStore};
+
+/// The most images that a page shows: as many as somebody looks at.
+pub(super) const IMAGES: usize = 60;
+/// Images that are fetched side by side.
+const FETCHES: usize = 16;
+
+/// Small JPEGs of these images, or why there is none, in their order.
+pub(super) async fn thumbnails(app: &App, uris: &[&str]) -> Vec<Result<Vec<u8>, String>> {
+    let limits = app.settings.image_limits();
+    let source = Source {
+        store: app.images_for(uris.iter().copied()).await,
+        budget: ByteBudget::new(limits.bytes_in_flight, limits.image_bytes),
+        pixels: PixelLimits { max_pixels: limits.image_pixels },
+        decoders: Arc::new(Semaphore::new(limits.decoders.max(1))),
+        time: limits.image_time,
+    };
+    let bar = progress_bar(uris.len(), "thumbnails");
+    let (one, bar_of_one) = (&source, &bar);
+    let made = stream::iter(uris.iter().copied()).map(|uri| async move {
+        let made = one.within_time(uri).await;
+        bar_of_one.inc(1);
+        made
+    });
+    let all = made.buffered(FETCHES).collect().await;
+    bar.finish_and_clear();
+    all
+}
+
+struct Source {
+    store: Arc<dyn ImageStore>,
+    budget: ByteBudget,
+    pixels: PixelLimits,
+    decoders: Arc<Semaphore>,
+    time: Duration,
+}
+
+impl Source {
+    async fn within_time(&self, uri: &str) -> Result<Vec<u8>, String> {
+        let late = |_| {
+            let seconds = self.time.as_secs_f64();
+            let code = ImageErrorCode::Timeout;
+            Err(format!("{code}: not there within {seconds} s (limits.image_seconds)"))
+        };
+        timeout(self.time, self.make(uri)).await.unwrap_or_else(late)
+    }
+
+    async fn make(&self, uri: &str) -> Result<Vec<u8>, String> {
+        let fetched = self.store.fetch(uri, &self.budget).await.map_err(|error| {
+            // The card names the image already.
+            let reason = error.message.strip_prefix(uri).unwrap_or(&error.message);
+            format!("{}: {}", error.code, reason.trim_start_matches([':', ' ']))
+        })?;
+        let internal = |what: &str| format!("{}: {what}", ImageErrorCode::Internal);
+        let decoder = Arc::clone(&self.decoders)
+            .acquire_owned()
+            .await
+            .map_err(|_| internal("the decoders were closed"))?;
+        let limits = self.pixels;
+        tokio::task::spawn_blocking(move || {
+            // Permit and bytes go with the thread, which may outlive the image's time.
+            let _decoder = decoder;
+            let image = decode(&fetched.bytes, limits)
+                .map_err(|error| format!("{}: {}", error.code, error.message))?;
+            let (width, height) = image.dimensions();
+            thumbnail(&image, width, height, THUMBNAIL_SIDE).map_err(|error| error.to_string())
+        })
+        .await
+        .unwrap_or_else(|_| Err(internal("the decoder panicked on this image")))
+    }
+}
