@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use ndarray::Array2;
 use ndarray_npy::WriteNpyExt;
 use serde_json::{Value, json};
+use support::browser::look;
 use support::{Bucket, Setup, files};
 
 const QUERY: &str = "samples/fashion/query";
@@ -241,11 +242,16 @@ fn a_calibrated_version_keeps_its_rate_when_it_classifies() {
     assert_eq!(again["min_score"].as_f64().unwrap() as f32, threshold);
     assert_eq!(again["right"]["count"], right);
 
-    // A version is never overwritten, and what was measured is shown all the same.
-    let (code, out, message) = rig.setup.run(&[&arguments[..], &["2"]].concat());
+    // A version is never overwritten; that is said before anything is embedded. A place that is taken
+    // otherwise is found at the end, and what was measured is shown all the same.
+    let (code, message) = rig.failed(&[&arguments[..], &["2"]].concat());
+    assert_eq!(code, 1);
+    assert_words(&message, &["--save-as", "2.safetensors exists already"]);
+    std::fs::create_dir(rig.path("root/fashion/3.safetensors")).unwrap();
+    let (code, out, message) = rig.setup.run(&[&arguments[..], &["3"]].concat());
     assert_eq!(code, 1, "{message}");
     assert_words(&out, &["threshold for a rate of 0.1"]);
-    assert_words(&message, &["the new version cannot be written", "2.safetensors"]);
+    assert_words(&message, &["the new version cannot be written", "3.safetensors"]);
 }
 
 #[test]
@@ -266,6 +272,9 @@ fn what_cannot_be_evaluated_says_why() {
         (&["fashion@9", QUERY], 1, &["no version \"9\""]),
         (&["fashion", QUERY], 1, &["active.json", "fashion@VERSION"]),
         (&["no/such/file", QUERY], 2, &["no class vectors file"]),
+        (&["fashion@1", QUERY, "--html", "samples"], 2, &["--html samples", "a folder"]),
+        (&["fashion@1", QUERY, "--html", "no/p.html"], 2, &["no/p.html", "no folder no"]),
+        (&["fashion@1", QUERY, "--html", "-"], 2, &["--html -"]),
         (&["fashion@1", "samples/photos"], 1, &["one sub-folder of images a class"]),
     ] {
         let (found, message) = rig.failed(&[&["classes", "evaluate"], arguments].concat());
@@ -307,6 +316,172 @@ async fn images_and_class_sets_may_lie_in_s3() {
     );
     let c = rig.json(&["classes", "compare", "fashion@1", "fashion@2", "--images", &prefix]);
     assert_eq!(c["truth"]["right_b"], e["calibration"]["right_and_accepted"]);
+    let again = ["classes", "evaluate", "fashion", &prefix, "--calibrate", "0.1", "--save-as", "2"];
+    assert_words(&rig.failed(&again).1, &["s3://", "2.safetensors exists already"]);
+
+    // Kept results know no model; their images are fetched from where they lie, if they still do.
+    let file = rig.text("kept.jsonl");
+    rig.rows(&prefix, "fashion@1", &["--embeddings", "--out", &file]);
+    let kept = std::fs::read_to_string(&file).unwrap();
+    let flips = rig.json(&["classes", "compare", "fashion@1", "fashion@2", "--results", &file]);
+    let flips = flips["flips"]["first"].as_array().unwrap().clone();
+    let gone = text(&flips[0], "uri").to_owned();
+    std::fs::write(&file, kept.replace(&gone, &format!("{gone}.gone"))).unwrap();
+    rig.setup.set("model.path", "no/such/model");
+    let page = rig.text("page.html");
+    let arguments = ["classes", "compare", "fashion@1", "fashion@2", "--results", &file];
+    rig.done(&[&arguments[..], &["--html", &page]].concat());
+    let seen = look(&std::fs::read_to_string(&page).unwrap(), 1280, false).await;
+    assert_eq!(seen.faults(), [""; 0]);
+    assert!(flips.len() > 1, "the test counts on it");
+    assert_eq!(seen.images.len(), flips.len().min(60) - 1);
+    assert_words(&seen.text, &["not_found: ", ".gone"]);
+}
+
+/// A cell of a page's table: the row whose first cell says this, and the column of this head.
+#[track_caller]
+fn cell<'a>(table: &'a [Vec<String>], row: &str, column: &str) -> &'a str {
+    let place = table[0].iter().position(|head| head == column);
+    let row = table.iter().find(|cells| cells[0] == row);
+    let (Some(place), Some(row)) = (place, row) else { panic!("{row:?} {column}: {table:?}") };
+    row[place].as_str()
+}
+
+/// Runs a command with `--html` and `--json`: what it printed, and its page, kept to be looked at by
+/// who changes it.
+fn with_page(rig: &Rig, arguments: &[&str], name: &str) -> (Value, String) {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let _ = std::fs::remove_file(&path); // of the run before
+    let more = ["--json", "--html", path.to_str().unwrap()];
+    let (code, out, log) = rig.setup.run(&[arguments, &more].concat());
+    assert_eq!(code, 0, "{log}");
+    assert_words(&log, &[&format!("page in {}", path.display())]);
+    // Pure JSON, whatever else is made.
+    (serde_json::from_str(&out).unwrap(), std::fs::read_to_string(&path).unwrap())
+}
+
+/// The page in a browser, at the width of a laptop and of a phone.
+async fn seen(page: &str) -> support::browser::Seen {
+    let (wide, narrow) = (look(page, 1280, false).await, look(page, 360, true).await);
+    assert_eq!(wide.faults(), [""; 0]);
+    assert_eq!(narrow.faults(), [""; 0]);
+    wide
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_of_an_evaluation_shows_its_counts_and_the_mistakes() {
+    let rig = Rig::new();
+    let images = rig.path("images");
+    for class in ["bag", "coat", "dress", "trouser", "sneaker", "t-shirt"] {
+        copy(&format!("{QUERY}/{class}"), &images.join(class), 10);
+    }
+    std::fs::write(images.join("bag/broken.png"), b"\x89PNG\r\n\x1a\n").unwrap();
+    let arguments = ["classes", "evaluate", "fashion@few", images.to_str().unwrap()];
+    let arguments = [&arguments[..], &["--calibrate", "0.1"]].concat();
+    let (e, page) = with_page(&rig, &arguments, "evaluate.html");
+    let seen = seen(&page).await;
+
+    let mistakes = e["mistakes"]["first"].as_array().unwrap();
+    assert!(mistakes.len() > 20 && mistakes.len() < 60, "the test counts on it");
+    assert_eq!(seen.images, vec![28; mistakes.len()]);
+    let rate = |rate: &Value| format!("{} of {}", rate["count"], rate["of"]);
+    let threshold = e["calibration"]["threshold"].as_f64().unwrap();
+    assert_words(
+        &seen.text,
+        &[
+            "Evaluation",
+            &format!("fashion@few on {}", images.display()),
+            MODEL,
+            "40 known, 20 strangers; 1 could not be read",
+            &rate(&e["top_1"]),
+            &rate(&e["top_k"]),
+            &rate(&e["calibration"]["false_positives"]),
+            &rate(&e["calibration"]["right_and_accepted"]),
+            &format!("{threshold:.3}"),
+            "corrupt_image",
+        ],
+    );
+    // The matrix, cell by cell.
+    let confusion = &e["confusion"];
+    let matrix = &seen.tables[1];
+    for c in confusion["cells"].as_array().unwrap() {
+        let (row, column) = (c["row"].as_u64().unwrap(), c["column"].as_u64().unwrap());
+        if row < confusion["known_rows"].as_u64().unwrap() {
+            let name = confusion["rows"][row as usize].as_str().unwrap();
+            let head = confusion["columns"][column as usize].as_str().unwrap_or("(unknown)");
+            assert_eq!(cell(matrix, name, head), c["count"].to_string());
+        }
+    }
+    let strangers = &seen.tables[2];
+    assert_eq!((cell(strangers, "sneaker", "images"), strangers.len()), ("10", 3));
+    assert_eq!(cell(strangers, "sneaker", "accepted"), "10"); // no threshold
+    let of_class = |class: &str| {
+        let all = e["per_class"].as_array().unwrap();
+        let recall = &all.iter().find(|c| c["label"] == class).unwrap()["recall"];
+        recall["share"].as_f64().unwrap()
+    };
+    let classes = seen.tables.iter().find(|t| t[0].contains(&"recall".to_owned())).unwrap();
+    for class in ["bag", "coat", "dress", "trouser"] {
+        let shown = cell(classes, class, "recall").trim_end_matches('%').parse::<f64>().unwrap();
+        assert!((shown - 100.0 * of_class(class)).abs() < 0.06, "{class}: {shown}");
+    }
+    let picture = &seen.pictures[0];
+    assert_words(picture, &["Histogram of cosine", &format!("calibrated {threshold:.3}")]);
+    for mistake in mistakes {
+        let name = text(mistake, "uri").rsplit('/').next().unwrap();
+        assert_words(&seen.text, &[name, &format!("{:.3}", score(mistake))]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_of_a_comparison_shows_what_changes() {
+    let rig = Rig::new();
+    let arguments = ["classes", "compare", "fashion@1", "fashion@few", "--images", QUERY];
+    let (c, page) = with_page(&rig, &arguments, "compare.html");
+    let seen = seen(&page).await;
+    let flips = c["flips"]["first"].as_array().unwrap();
+    assert!(flips.len() > 20, "the test counts on it");
+    assert_eq!(seen.images, vec![28; flips.len().min(60)]);
+    let rate = |rate: &Value| format!("{} of {}", rate["count"], rate["of"]);
+    let shift = c["margin_shift"]["mean"].as_f64().unwrap();
+    assert_words(
+        &seen.text,
+        &[
+            "A fashion@1 → B fashion@few",
+            &rate(&c["agreement"]),
+            &rate(&c["truth"]["right_a"]),
+            &rate(&c["truth"]["right_b"]),
+            &format!("fixed by B\n{}\n", c["truth"]["fixed"]),
+            &format!("broken by B\n{}\n", c["truth"]["broken"]),
+            &format!("{shift:+.3}"),
+            "Labels only in A",
+            "ankle-boot, pullover, sneaker, t-shirt",
+        ],
+    );
+    assert!(!seen.text.contains("Labels only in B"), "{}", seen.text);
+    let transitions = &seen.tables[0];
+    let expected = c["transitions"]["first"].as_array().unwrap();
+    assert_eq!(transitions.len() - 1, expected.len().min(30));
+    for (row, t) in transitions[1..].iter().zip(expected) {
+        assert_eq!((row[0].as_str(), row[1].as_str()), (text(t, "from"), text(t, "to")));
+        assert_eq!(row[2], t["count"].to_string());
+    }
+    assert_words(&seen.pictures[0], &["Histogram of margin"]);
+    for flip in flips.iter().take(60) {
+        let name = text(flip, "uri").rsplit('/').next().unwrap();
+        let scores = format!("{:.3} → {:.3}", score(&flip["a"]), score(&flip["b"]));
+        assert_words(&seen.text, &[name, &scores]);
+    }
+
+    // The same version: nothing to show but the margins.
+    let arguments = ["classes", "compare", "fashion@1", "fashion@1", "--images", QUERY];
+    let (_, page) = with_page(&rig, &arguments, "compare-same.html");
+    let seen = look(&page, 1280, false).await;
+    assert_eq!((seen.faults(), seen.images.len()), (Vec::<String>::new(), 0));
+    assert_words(&seen.text, &["There are none.", "+0.000"]);
+
+    let bad = [&arguments[..], &["--html", "samples"]].concat();
+    assert_words(&rig.failed(&bad).1, &["--html samples: it is a folder"]);
 }
 
 // Compare.

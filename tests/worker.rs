@@ -479,14 +479,15 @@ async fn connections_that_the_broker_drops_come_back_and_no_job_is_lost() {
         client.job(&json!({"id": id, "images": uris, "classes": "fashion@1"})).await;
     }
     let first = results.next().await.body["id"].as_str().unwrap().to_owned();
-    let own = eventually("both connections are listed", async || {
+    let own = eventually("all three connections are listed", async || {
         let all = world.broker.connections();
         let own: Vec<_> = all.into_iter().filter(|(_, own)| own.starts_with("angler ")).collect();
-        (own.len() == 2).then_some(own)
+        (own.len() == 3).then_some(own)
     })
     .await;
-    assert!(own.iter().any(|(_, name)| name.starts_with("angler consume ")), "{own:?}");
-    assert!(own.iter().any(|(_, name)| name.starts_with("angler publish ")), "{own:?}");
+    for what in ["angler consume ", "angler publish ", "angler control "] {
+        assert!(own.iter().any(|(_, name)| name.starts_with(what)), "{what}: {own:?}");
+    }
     for (name, _) in &own {
         world.broker.cut(name);
     }

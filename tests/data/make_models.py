@@ -227,8 +227,40 @@ dim = 3
     )
 
 
+def tiny_512():
+    """512 values out of the mean of each channel: embeddings of a usual length from next to no work."""
+    graph = Graph(seed=5)
+    pooled = graph.node("GlobalAveragePool", ["image"], "pool")
+    mean = graph.node("Flatten", [pooled], "mean", axis=1)
+    graph.linear(mean, "embedding", 3, 512)
+    graph.save(
+        "tiny-512",
+        {"image": ["batch", 3, 8, 8]},
+        {"embedding": ["batch", 512]},
+        opset=13,
+        ir_version=8,
+        settings="""\
+name = "tiny-512"
+
+[input]
+layout = "nchw"
+channels = "rgb"
+width = 8
+height = 8
+resize = "exact"
+filter = "bilinear"
+mean = [127.5, 127.5, 127.5]
+std = [127.5, 127.5, 127.5]
+
+[output]
+dim = 512
+""",
+    )
+
+
 if __name__ == "__main__":
     tiny_nhwc()
     tiny_fixed4()
     tiny_fixed1()
     tiny_mean()
+    tiny_512()
