@@ -15,6 +15,7 @@ use crate::classes::build::Failed;
 use crate::classes::embedded::{PerClass, Representatives};
 use crate::classes::outliers::{self, Outliers};
 use crate::classes::vectors::Precision;
+use crate::cli::classify::report::plural;
 use crate::cli::gather;
 use crate::cli::progress::{embed_with_progress, report_failed};
 use crate::score::Scorer;
@@ -197,8 +198,4 @@ fn outlier_table(outliers: &Outliers) -> String {
         let _ = writeln!(text, "… and {more} more; --json lists up to {JSON_ROWS}");
     }
     text
-}
-
-fn plural(count: usize, what: &str) -> String {
-    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }

@@ -47,10 +47,7 @@ fn facts(page: &mut Page, c: &Comparison) {
     let shift = match &c.margin_shift {
         Some(s) => (
             format!("{:+.3}", s.mean),
-            Some(format!(
-                "from A to B; median {:+.3}, 5% below {:+.3}, 5% above {:+.3}",
-                s.median, s.p5, s.p95
-            )),
+            Some(format!("median {:+.3}; 90% from {:+.3} to {:+.3}", s.median, s.p5, s.p95)),
         ),
         None => ("–".to_owned(), Some("a version of one class has no margins".to_owned())),
     };

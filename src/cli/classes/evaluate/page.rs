@@ -110,15 +110,14 @@ impl Report<'_> {
     fn scores(&self) -> Html {
         let e = self.evaluation;
         let marker = match (&self.calibration, self.min_score) {
-            (Some(c), _) => Some((c.threshold, format!("calibrated {:.3}", c.threshold))),
-            (None, Some(t)) => Some((t, format!("threshold {t:.3}"))),
+            (Some(c), _) => Some((c.threshold, "calibrated")),
+            (None, Some(t)) => Some((t, "threshold")),
             (None, None) => None,
         };
         let (series, range) = zoomed(
             &[("right class", &e.genuine), ("best wrong class", &e.impostor)],
-            marker.as_ref().map(|(value, _)| *value),
+            marker.map(|(value, _)| value),
         );
-        let marker = marker.as_ref().map(|(value, label)| (*value, label.as_str()));
         histogram("Right and wrong matches", "cosine", &series, range, marker).and(note(
             "Right class: images whose nearest class is theirs, by its score. Best wrong class: every \
              image, by its score with the nearest class that is not its own. A threshold parts the two \
