@@ -114,6 +114,9 @@ pub(crate) fn short(text: &str) -> ShortString {
     })
 }
 
+/// Where a quorum queue tells how often a message was delivered before without being acked.
+pub(crate) const DELIVERY_COUNT: &str = "x-delivery-count";
+
 /// Sets a string header.
 pub(crate) fn put(headers: &mut FieldTable, key: &str, value: &str) {
     headers.insert(short(key), AMQPValue::LongString(value.into()));

@@ -26,6 +26,7 @@ use crate::source::amqp::AmqpSource;
 use crate::store::local::{LocalImages, LocalObjects};
 use crate::store::s3::{self, S3Images, S3Objects, S3Uri};
 use crate::store::{ImageStore, ObjectStore, Routed};
+use crate::watchdog;
 use crate::worker::{Worker, WorkerOptions};
 
 /// The parts that every command is put together from.
@@ -166,7 +167,9 @@ impl App {
         let shadow = s.shadow()?.map(|selector| Arc::new(Shadow::new(selector)));
         readiness.set_warm();
         let store = Arc::new(self.s3_images().await);
-        let pipeline = self.pipeline(&model, engine.clone(), store);
+        let limits = s.image_limits();
+        let pipeline = Pipeline::new(store, engine.clone(), model.pixels.clone(), &limits);
+        let pipeline = Arc::new(pipeline.watched_by(Arc::default()));
         tracing::info!(broker = redacted(&s.amqp.url), worker = name, "connecting");
         let options = s.amqp_options(&name);
         let publisher = Arc::new(Publisher::new(options.clone(), s.topology()));
@@ -176,7 +179,7 @@ impl App {
             s.amqp.prefetch,
             s.job_limits(),
             Arc::clone(&publisher),
-            readiness,
+            Arc::clone(&readiness),
         ));
         let sink: Arc<dyn ResultSink> = Arc::new(AmqpSink::new(
             Arc::clone(&publisher),
@@ -189,10 +192,21 @@ impl App {
             Arc::clone(&catalog),
             shadow.clone(),
         ));
-        let watched = Arc::clone(&catalog);
+        let (told, mut blocked) = (Arc::clone(&readiness), publisher.blocked());
+        let blocks = async move {
+            while blocked.changed().await.is_ok() {
+                told.set_blocked(blocked.borrow_and_update().clone());
+            }
+        };
+        let (watched, watching) = (Arc::clone(&catalog), Arc::clone(&pipeline));
+        let stall = Duration::from_secs_f64(s.limits.stall_seconds);
+        let stalls = watchdog::watch(pipeline.steps(), stall, move |s| readiness.set_stalled(s));
         let mut followers = vec![
             AbortOnDropHandle::new(tokio::spawn(listener.run())),
             AbortOnDropHandle::new(tokio::spawn(async move { watched.watch().await })),
+            AbortOnDropHandle::new(tokio::spawn(async move { watching.watch_store().await })),
+            AbortOnDropHandle::new(tokio::spawn(stalls)),
+            AbortOnDropHandle::new(tokio::spawn(blocks)),
         ];
         if let Some(shadow) = &shadow {
             let (catalog, shadow) = (Arc::clone(&catalog), Arc::clone(shadow));
@@ -234,7 +248,7 @@ pub struct Daemon {
     pub publisher: Arc<Publisher>,
     /// Runs the model.
     pub engine: Engine,
-    /// Follow the active versions until they are dropped.
+    /// Follow the active versions, the store and the watchdog until they are dropped.
     pub followers: Vec<AbortOnDropHandle<()>>,
 }
 

@@ -104,6 +104,7 @@ section!(/** `[limits]` */ LimitsSettings {
     bytes_in_flight: usize,
     image_seconds: f64,
     job_seconds: f64,
+    stall_seconds: f64,
 });
 section!(/** `[retry]` */ RetrySettings { delays_seconds: Vec<f64>, max_attempts: u32, });
 section!(/** `[http]` */ HttpSettings { listen: String, });
@@ -189,8 +190,11 @@ impl Settings {
                 l.bytes_in_flight, l.image_bytes
             )));
         }
-        let seconds =
-            [("limits.image_seconds", l.image_seconds), ("limits.job_seconds", l.job_seconds)];
+        let seconds = [
+            ("limits.image_seconds", l.image_seconds),
+            ("limits.job_seconds", l.job_seconds),
+            ("limits.stall_seconds", l.stall_seconds),
+        ];
         // A day is more than any deadline here can mean.
         let wrong = |s: f64, least: f64| !s.is_finite() || s < least || s > 86_400.0;
         if let Some((key, value)) = seconds.iter().find(|(_, s)| wrong(*s, 0.001)) {

@@ -20,6 +20,7 @@ use crate::embed::{Backend, Embedder};
 use crate::error::{FatalError, ImageError, ImageErrorCode};
 use crate::preprocess::Pixels;
 use crate::score::{ClassScore, Scorer};
+use crate::watchdog::Step;
 use batcher::{BatchPolicy, CloseReason};
 
 /// What is wanted of one image.
@@ -131,6 +132,7 @@ struct Inner {
     closed: CancellationToken,
     threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
     stats: Arc<EngineStats>,
+    embedding: Arc<Step>,
     backend: Backend,
     /// [H, W] of an image.
     size: (u32, u32),
@@ -165,7 +167,9 @@ impl Engine {
         let (break_it, broken) = watch::channel(None);
         let closed = CancellationToken::new();
         let stats = Arc::new(EngineStats::default());
+        let embedding = Step::new("batch(es) being embedded");
         let shared = executor::Shared {
+            embedding: Arc::clone(&embedding),
             batches: Arc::new(Mutex::new(ready)),
             in_flight: in_flight.clone(),
             broken: Arc::new(break_it),
@@ -203,6 +207,7 @@ impl Engine {
                 closed,
                 threads: Mutex::new(threads),
                 stats,
+                embedding,
                 backend,
                 size: (width, height),
             }),
@@ -248,6 +253,11 @@ impl Engine {
     /// What executes.
     pub fn backend(&self) -> Backend {
         self.inner.backend
+    }
+
+    /// Batches that are being embedded, for the watchdog.
+    pub fn embedding(&self) -> Arc<Step> {
+        Arc::clone(&self.inner.embedding)
     }
 
     /// Counts since the start.

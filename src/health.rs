@@ -1,9 +1,10 @@
-//! `/livez` and `/readyz`: whether the process should be restarted, and whether it takes work.
+//! `/livez` and `/readyz`: whether the process should be restarted, because work in it is stuck,
+//! and whether it takes work.
 //! `/status`: which class vectors it serves, and which it refused, as JSON.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use axum::Router;
 use axum::extract::State;
@@ -20,6 +21,12 @@ use crate::classes::catalog::Catalog;
 pub struct Readiness {
     warm: AtomicBool,
     consuming: AtomicBool,
+    /// Why nothing is consumed although the broker is there.
+    paused: Mutex<Option<&'static str>>,
+    /// Where work is stuck.
+    stalled: Mutex<Option<String>>,
+    /// Why the broker takes no results for now.
+    blocked: Mutex<Option<String>>,
     catalog: OnceLock<Arc<Catalog>>,
 }
 
@@ -37,16 +44,52 @@ impl Readiness {
 
     /// Whether jobs are being consumed.
     pub fn set_consuming(&self, consuming: bool) {
+        *locked(&self.paused) = None;
         self.consuming.store(consuming, Ordering::Release);
     }
 
-    /// What is missing, or none if the worker is ready.
-    pub fn missing(&self) -> Option<&'static str> {
-        if !self.warm.load(Ordering::Acquire) {
-            return Some("the model is not loaded yet");
-        }
-        (!self.consuming.load(Ordering::Acquire)).then_some("no jobs are being consumed")
+    /// No jobs are being consumed, on purpose.
+    pub fn set_paused(&self, reason: &'static str) {
+        self.set_consuming(false);
+        *locked(&self.paused) = Some(reason);
     }
+
+    /// Work does not move, and where; none once it does.
+    pub fn set_stalled(&self, stalled: Option<String>) {
+        *locked(&self.stalled) = stalled;
+    }
+
+    /// The broker takes no results, and why; none once it does.
+    pub fn set_blocked(&self, blocked: Option<String>) {
+        *locked(&self.blocked) = blocked;
+    }
+
+    /// Where work is stuck, if it is.
+    pub fn stalled(&self) -> Option<String> {
+        locked(&self.stalled).clone()
+    }
+
+    /// What is missing, or none if the worker is ready.
+    pub fn missing(&self) -> Option<String> {
+        if !self.warm.load(Ordering::Acquire) {
+            return Some("the model is not loaded yet".to_owned());
+        }
+        if let Some(stalled) = self.stalled() {
+            return Some(format!("no progress: {stalled}"));
+        }
+        if let Some(blocked) = locked(&self.blocked).as_ref() {
+            return Some(format!("the broker blocks publishers: {blocked}"));
+        }
+        if self.consuming.load(Ordering::Acquire) {
+            return None;
+        }
+        let paused = *locked(&self.paused);
+        Some(paused.unwrap_or("no jobs are being consumed").to_owned())
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Answers on `listen` until the handle is dropped; yields the address that was bound.
@@ -60,7 +103,7 @@ pub async fn serve(
     let listener = TcpListener::bind(listen).await?;
     let address = listener.local_addr()?;
     let routes = Router::new()
-        .route("/livez", get(async || "alive\n"))
+        .route("/livez", get(live))
         .route("/readyz", get(ready))
         .route("/status", get(status))
         .with_state(readiness);
@@ -81,9 +124,60 @@ async fn status(
     ([(header::CONTENT_TYPE, "application/json")], format!("{status}\n"))
 }
 
+async fn live(State(readiness): State<Arc<Readiness>>) -> (StatusCode, String) {
+    match readiness.stalled() {
+        None => (StatusCode::OK, "alive\n".to_owned()),
+        Some(stalled) => (StatusCode::SERVICE_UNAVAILABLE, format!("no progress: {stalled}\n")),
+    }
+}
+
 async fn ready(State(readiness): State<Arc<Readiness>>) -> (StatusCode, String) {
     match readiness.missing() {
         None => (StatusCode::OK, "ready\n".to_owned()),
         Some(missing) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {missing}\n")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn get(address: SocketAddr, path: &str) -> (u16, String) {
+        let url = format!("http://{address}{path}");
+        let asked = tokio::task::spawn_blocking(move || {
+            let agent: ureq::Agent =
+                ureq::Agent::config_builder().http_status_as_error(false).build().into();
+            let mut answer = agent.get(&url).call().unwrap();
+            (answer.status().as_u16(), answer.body_mut().read_to_string().unwrap())
+        });
+        asked.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn stuck_work_turns_both_red_and_a_blocked_broker_only_readiness() {
+        let readiness = Arc::new(Readiness::default());
+        let (address, _server) = serve("127.0.0.1:0", Arc::clone(&readiness)).await.unwrap();
+        readiness.set_warm();
+        readiness.set_consuming(true);
+        let both = async || (get(address, "/livez").await, get(address, "/readyz").await);
+        assert_eq!(both().await, ((200, "alive\n".into()), (200, "ready\n".into())));
+
+        readiness.set_stalled(Some("1 image(s) being decoded".into()));
+        let (live, ready) = both().await;
+        assert_eq!(live, (503, "no progress: 1 image(s) being decoded\n".into()));
+        assert_eq!(ready, (503, "not ready: no progress: 1 image(s) being decoded\n".into()));
+        readiness.set_stalled(None);
+
+        readiness.set_blocked(Some("low on memory".into()));
+        let (live, ready) = both().await;
+        assert_eq!((live.0, ready.0), (200, 503));
+        assert!(ready.1.contains("blocks publishers: low on memory"), "{}", ready.1);
+        readiness.set_blocked(None);
+
+        readiness.set_paused("the store does not answer");
+        let (live, ready) = both().await;
+        assert_eq!((live.0, ready), (200, (503, "not ready: the store does not answer\n".into())));
+        readiness.set_consuming(true);
+        assert_eq!(both().await.1.0, 200);
     }
 }

@@ -9,12 +9,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::engine::{Engine, Scored, SubmitError, Want};
 use crate::error::{ImageError, ImageErrorCode};
+use crate::outage::Outage;
 use crate::preprocess::{PixelLimits, PixelSpec, Pixels, preprocess};
 use crate::store::{ByteBudget, Fetched, ImageStore};
+use crate::watchdog::Step;
+
+/// How often a fetch that failed for a passing reason is tried again at once, beside what the
+/// store's client does, and the pause before the first of those.
+const RETRIES: u32 = 2;
+const RETRY_PAUSE: Duration = Duration::from_millis(250);
 
 /// What one image may use, and all together: the part of `[limits]` that concerns images.
 #[derive(Debug, Clone)]
@@ -43,6 +50,8 @@ pub struct Pipeline {
     budget: ByteBudget,
     slots: Arc<Semaphore>,
     decoders: Arc<Semaphore>,
+    decoding: Arc<Step>,
+    outage: Option<Arc<Outage>>,
 }
 
 impl Pipeline {
@@ -62,7 +71,34 @@ impl Pipeline {
             budget: ByteBudget::new(limits.bytes_in_flight, limits.image_bytes),
             slots: Arc::new(Semaphore::new(limits.images_in_flight.max(1))),
             decoders: Arc::new(Semaphore::new(limits.decoders.max(1))),
+            decoding: Step::new("image(s) being decoded"),
+            outage: None,
         }
+    }
+
+    /// Tells `outage` how every fetch ended.
+    #[must_use]
+    pub fn watched_by(mut self, outage: Arc<Outage>) -> Self {
+        self.outage = Some(outage);
+        self
+    }
+
+    /// Watches for an outage of the store, for as long as it is awaited.
+    pub async fn watch_store(&self) {
+        match &self.outage {
+            Some(outage) => outage.watch(self.store.as_ref(), &self.budget).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Whether and when the store is away, if that is watched.
+    pub fn outage(&self) -> Option<&Outage> {
+        self.outage.as_deref()
+    }
+
+    /// The steps that no deadline ends, for the watchdog.
+    pub fn steps(&self) -> Vec<Arc<Step>> {
+        vec![Arc::clone(&self.decoding), self.engine.embedding()]
     }
 
     /// The engine behind it.
@@ -92,10 +128,27 @@ impl Pipeline {
     ) -> Result<Scored, SubmitError> {
         let _slot = slot;
         let deadline = Instant::now() + self.image_time;
-        let fetched =
-            self.within(deadline, "fetched", self.store.fetch(uri, &self.budget)).await??;
+        let fetched = self.within(deadline, "fetched", self.fetch(uri)).await??;
         let pixels = self.within(deadline, "decoded", self.decode(fetched)).await??;
         self.within(deadline, "classified", self.engine.submit(pixels, want)).await?
+    }
+
+    /// A fault of the store that may pass is waited out for a moment, within the image's time.
+    async fn fetch(&self, uri: &str) -> Result<Fetched, ImageError> {
+        let mut tries = 0;
+        loop {
+            let fetched = self.store.fetch(uri, &self.budget).await;
+            if let Some(outage) = &self.outage {
+                outage.note(uri, fetched.as_ref().err());
+            }
+            let passing = fetched.as_ref().is_err_and(ImageError::is_transient);
+            let away = self.outage.as_ref().is_some_and(|outage| outage.is_on());
+            if !passing || away || tries == RETRIES {
+                return fetched;
+            }
+            sleep(RETRY_PAUSE * 4_u32.pow(tries)).await;
+            tries += 1;
+        }
     }
 
     /// A panic in a decoder is this image's error; the permit and the bytes go with the thread, so
@@ -107,8 +160,10 @@ impl Pipeline {
             .await
             .map_err(|_| internal("the decoders were closed"))?;
         let (spec, limits) = (self.spec.clone(), self.pixel_limits);
+        let decoding = Arc::clone(&self.decoding);
         tokio::task::spawn_blocking(move || {
             let _decoder = decoder;
+            let _watched = decoding.enter();
             preprocess(&fetched.bytes, &spec, limits)
         })
         .await

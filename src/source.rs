@@ -7,10 +7,11 @@ pub mod memory;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Failure, FatalError};
-use crate::job::Job;
+use crate::job::{Job, Run};
 
 /// Hands out jobs one at a time.
 #[async_trait]
@@ -23,6 +24,30 @@ pub trait JobSource: Send {
     /// Only when the source is gone for good; what can come back is waited for inside.
     async fn receive(&mut self) -> Result<Option<Delivery>, FatalError>;
 
+    /// True while suspects wait: jobs that a worker held when it ended or lost its connection. One
+    /// of them may be what ended it, so each runs alone. None if this source cannot have any.
+    fn suspects(&self) -> Option<watch::Receiver<bool>> {
+        None
+    }
+
+    /// One suspect, to be called only while no other job is in flight: it is not taken from the
+    /// broker before, so that no job but the guilty one is ever held when the process dies. None if
+    /// somebody else was faster.
+    ///
+    /// A call that is dropped may hold a job until the source is closed.
+    ///
+    /// # Errors
+    /// Only when the source is gone for good.
+    async fn receive_suspect(&mut self) -> Result<Option<Delivery>, FatalError> {
+        Ok(None)
+    }
+
+    /// Takes no jobs until the next `receive`, for the reason given; what was only prefetched goes
+    /// back, what was handed out can still be settled.
+    async fn pause(&mut self, reason: &'static str) {
+        let _ = reason;
+    }
+
     /// Hands out no more. What was handed out can still be settled; what was only prefetched goes
     /// back.
     async fn stop(&mut self);
@@ -33,10 +58,12 @@ pub trait JobSource: Send {
 
 /// One job on its way through the worker, and the duty to settle it exactly once.
 pub struct Delivery {
-    /// The job, or why the message is none.
-    pub job: Result<Job, Malformed>,
+    /// The job, or why the message is not worked on.
+    pub job: Result<Job, Unworkable>,
     /// Which attempt this is, from 1.
     pub attempt: u32,
+    /// Whether it is a suspect, which runs alone and a few images at a time.
+    pub suspect: bool,
     /// Where the result goes, if the job said so.
     pub reply: Reply,
     /// Settles the delivery. A delivery that is dropped unsettled comes back.
@@ -46,11 +73,13 @@ pub struct Delivery {
     pub lost: CancellationToken,
 }
 
-/// A message that is not a job.
+/// A message that is not a job, or one that is given up.
 #[derive(Debug, Clone)]
-pub struct Malformed {
+pub struct Unworkable {
     /// The id under which its result is published.
     pub id: String,
+    /// The run that it belongs to, if that could be read.
+    pub run: Option<Run>,
     /// What is wrong with it.
     pub failure: Failure,
 }

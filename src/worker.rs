@@ -8,7 +8,12 @@
 //!   jobs that wait for a slow sink hold no image permits.
 //! * **Ack last.** A delivery is settled only after its result is confirmed.
 //! * **One version a job**: chosen at admission, kept to the end.
+//! * **Suspects run alone**: a job that a worker held when it ended may be what ended it.
+//! * **No jobs while the store is away**: they would only spend their attempts.
 
+mod turns;
+
+use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -18,6 +23,7 @@ use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use self::turns::Suspects;
 use crate::classes::ClassVectors;
 use crate::classes::Opinion;
 use crate::classes::catalog::Catalog;
@@ -28,6 +34,7 @@ use crate::error::{Failure, FailureCode, FatalError, ImageError, ImageErrorCode,
 use crate::job::{
     ImageEntry, ImageRef, Job, JobResult, Outcome, Provenance, Verdict, encode_embedding,
 };
+use crate::outage::Outage;
 use crate::pipeline::Pipeline;
 use crate::retry::RetrySchedule;
 use crate::sink::ResultSink;
@@ -64,6 +71,19 @@ struct Core {
     pipeline: Arc<Pipeline>,
     catalog: Arc<Catalog>,
     options: WorkerOptions,
+}
+
+/// Images of a suspect in flight at once. If what ended the worker was too little memory for many
+/// large images at once, it now passes.
+const SUSPECT_IMAGES: usize = 4;
+/// What the worker does next.
+enum Next {
+    /// A job, or none if there will be no more.
+    Job(Option<Delivery>),
+    /// Suspects wait, and it is their turn.
+    Suspects,
+    /// The store is away.
+    Outage,
 }
 
 impl Worker {
@@ -106,44 +126,57 @@ impl Worker {
         slots: &Arc<Semaphore>,
         jobs: &mut JoinSet<Result<(), FatalError>>,
     ) -> Result<(), FatalError> {
-        let engine = self.core.pipeline.engine().clone();
+        let core = Arc::clone(&self.core);
+        let all = u32::try_from(core.options.jobs_in_flight.max(1)).unwrap_or(u32::MAX);
+        let mut suspects = Suspects::new(self.source.suspects());
         loop {
             // Capacity before work: a job that cannot be started is left to another worker.
-            let slot = tokio::select! {
-                biased;
-                () = stop.cancelled() => return Ok(()),
-                fatal = engine.broken() => return Err(fatal),
-                Some(ended) = jobs.join_next() => { ended_well(ended)?; continue }
-                slot = Arc::clone(slots).acquire_owned() => slot,
-            };
-            let delivery = tokio::select! {
-                biased;
-                () = stop.cancelled() => return Ok(()),
-                fatal = engine.broken() => return Err(fatal),
-                Some(ended) = jobs.join_next() => { ended_well(ended)?; continue }
-                delivery = self.source.receive() => match delivery? {
-                    Some(delivery) => delivery,
-                    None => return Ok(()),
-                },
-            };
-            let core = Arc::clone(&self.core);
-            // Class vectors that are not in memory are loaded beside the way: the jobs behind this
-            // one do not wait for them.
-            if core.must_load(&delivery) {
-                let stop = stop.clone();
-                jobs.spawn(async move {
-                    let _slot = slot;
-                    let admitted = core.admit(&delivery, &stop).await;
-                    core.finish(delivery, admitted).await
-                });
-                continue;
+            let slot = places(slots, 1);
+            let Some(slot) = core.meanwhile(slot, stop, jobs).await? else { return Ok(()) };
+            let next = self.next(&mut suspects);
+            let Some(next) = core.meanwhile(next, stop, jobs).await? else { return Ok(()) };
+            match next? {
+                Next::Job(None) => return Ok(()),
+                Next::Job(Some(delivery)) => core.start(delivery, slot, stop, jobs).await,
+                Next::Outage => {
+                    self.source.pause("the store does not answer").await;
+                    let over = core.store_is_back();
+                    let Some(()) = core.meanwhile(over, stop, jobs).await? else { return Ok(()) };
+                }
+                Next::Suspects => {
+                    drop(slot);
+                    let alone = places(slots, all);
+                    let Some(alone) = core.meanwhile(alone, stop, jobs).await? else {
+                        return Ok(());
+                    };
+                    let suspect = self.source.receive_suspect();
+                    let Some(suspect) = core.meanwhile(suspect, stop, jobs).await? else {
+                        return Ok(());
+                    };
+                    if let Some(delivery) = suspect? {
+                        core.start(delivery, alone, stop, jobs).await;
+                    }
+                }
             }
-            let admitted = core.admit(&delivery, stop).await;
-            jobs.spawn(async move {
-                let _slot = slot;
-                core.finish(delivery, admitted).await
-            });
         }
+    }
+
+    /// Cancel-safe, as `receive` is.
+    async fn next(&mut self, suspects: &mut Suspects) -> Result<Next, FatalError> {
+        tokio::select! {
+            biased;
+            () = self.core.store_is_away() => Ok(Next::Outage),
+            () = suspects.turn() => Ok(Next::Suspects),
+            delivery = self.source.receive() => Ok(Next::Job(delivery?)),
+        }
+    }
+}
+
+/// Waits for so many of the places that admitted jobs hold.
+async fn places(slots: &Arc<Semaphore>, count: u32) -> OwnedSemaphorePermit {
+    match Arc::clone(slots).acquire_many_owned(count).await {
+        Ok(places) => places,
+        Err(_) => std::future::pending().await, // Nobody closes it.
     }
 }
 
@@ -154,6 +187,9 @@ fn ended_well(
 ) -> Result<(), FatalError> {
     ended.unwrap_or_else(|e| Err(FatalError::Engine(format!("a job's task panicked: {e}"))))
 }
+
+/// An image's place among those in flight, and among those of its suspect.
+type Place = (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>);
 
 /// A job whose images are all on their way.
 struct Admitted {
@@ -167,6 +203,66 @@ struct Admitted {
 }
 
 impl Core {
+    /// Awaits `work` and looks after the jobs meanwhile; none if the worker is to stop.
+    async fn meanwhile<T>(
+        &self,
+        work: impl Future<Output = T>,
+        stop: &CancellationToken,
+        jobs: &mut JoinSet<Result<(), FatalError>>,
+    ) -> Result<Option<T>, FatalError> {
+        let engine = self.pipeline.engine();
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(None),
+                fatal = engine.broken() => return Err(fatal),
+                Some(ended) = jobs.join_next() => ended_well(ended)?,
+                done = &mut work => return Ok(Some(done)),
+            }
+        }
+    }
+
+    /// Starts a job, which holds its place until it is settled.
+    async fn start(
+        self: &Arc<Self>,
+        delivery: Delivery,
+        slot: OwnedSemaphorePermit,
+        stop: &CancellationToken,
+        jobs: &mut JoinSet<Result<(), FatalError>>,
+    ) {
+        let core = Arc::clone(self);
+        // Class vectors that are not in memory are loaded beside the way: the jobs behind this one
+        // do not wait for them.
+        if core.must_load(&delivery) {
+            let stop = stop.clone();
+            jobs.spawn(async move {
+                let _slot = slot;
+                let admitted = core.admit(&delivery, &stop).await;
+                core.finish(delivery, admitted).await
+            });
+            return;
+        }
+        let admitted = core.admit(&delivery, stop).await;
+        jobs.spawn(async move {
+            let _slot = slot;
+            core.finish(delivery, admitted).await
+        });
+    }
+
+    async fn store_is_away(&self) {
+        match self.pipeline.outage() {
+            Some(outage) => outage.began().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn store_is_back(&self) {
+        if let Some(outage) = self.pipeline.outage() {
+            outage.over().await;
+        }
+    }
+
     /// Whether the job's class vectors are not in memory yet.
     fn must_load(&self, delivery: &Delivery) -> bool {
         delivery.job.as_ref().is_ok_and(|job| self.catalog.loaded(&job.classes).is_none())
@@ -178,7 +274,7 @@ impl Core {
         delivery: &Delivery,
         stop: &CancellationToken,
     ) -> Result<Admitted, JobError> {
-        let job = delivery.job.as_ref().map_err(|malformed| malformed.failure.clone())?;
+        let job = delivery.job.as_ref().map_err(|unworkable| unworkable.failure.clone())?;
         let classes = tokio::select! {
             biased;
             () = stop.cancelled() => return Err(JobError::Abandoned("the worker is stopping")),
@@ -188,6 +284,7 @@ impl Core {
         let candidate = self.options.shadow.as_ref().and_then(|shadow| shadow.beside(&classes));
         let deadline = Instant::now() + self.options.job_time;
         let mut images = Vec::with_capacity(job.images.len());
+        let few = delivery.suspect.then(|| Arc::new(Semaphore::new(SUSPECT_IMAGES)));
         for ImageRef { uri, .. } in &job.images {
             let slot = tokio::select! {
                 biased;
@@ -195,7 +292,7 @@ impl Core {
                 () = delivery.lost.cancelled() => return Err(JobError::Abandoned("its connection is gone")),
                 // Jobs that wait behind this one must not wait for ever.
                 () = sleep_until(deadline) => break,
-                slot = self.pipeline.slot() => slot,
+                slot = self.place(few.as_ref()) => slot,
             };
             let want = Want {
                 classes: Some(Arc::clone(&classes)),
@@ -209,14 +306,27 @@ impl Core {
         Ok(Admitted { classes, candidate, deadline, images })
     }
 
+    /// A place for an image among those in flight, and among the `few` of a suspect.
+    async fn place(&self, few: Option<&Arc<Semaphore>>) -> Place {
+        let few = match few {
+            // It is never closed; without a permit the image would only run beside more others.
+            Some(few) => Arc::clone(few).acquire_owned().await.ok(),
+            None => None,
+        };
+        (self.pipeline.slot().await, few)
+    }
+
     fn start_image(
         &self,
         uri: String,
         want: Want,
-        slot: OwnedSemaphorePermit,
+        (slot, few): Place,
     ) -> AbortOnDropHandle<Result<Scored, SubmitError>> {
         let pipeline = Arc::clone(&self.pipeline);
-        let image = async move { pipeline.image(&uri, want, slot).await };
+        let image = async move {
+            let _few = few;
+            pipeline.image(&uri, want, slot).await
+        };
         AbortOnDropHandle::new(tokio::spawn(image))
     }
 
@@ -229,7 +339,7 @@ impl Core {
         let lost = delivery.lost.clone();
         let id = match &delivery.job {
             Ok(job) => job.id.clone(),
-            Err(malformed) => malformed.id.clone(),
+            Err(unworkable) => unworkable.id.clone(),
         };
         tokio::select! {
             biased;
@@ -250,11 +360,11 @@ impl Core {
         let outcome = match (&job, admitted) {
             (Ok(job), Ok(admitted)) => self.collect(job, admitted, attempt).await,
             (_, Err(error)) => Err(error),
-            (Err(malformed), Ok(_)) => Err(malformed.failure.clone().into()),
+            (Err(unworkable), Ok(_)) => Err(unworkable.failure.clone().into()),
         };
         let (id, run) = match job {
             Ok(job) => (job.id, job.run),
-            Err(malformed) => (malformed.id, None),
+            Err(unworkable) => (unworkable.id, unworkable.run),
         };
         let (outcome, settlement) = match self.judge(outcome, attempt) {
             Ok(terminal) => terminal,
@@ -369,6 +479,12 @@ impl Core {
             Ok(outcome) => return Ok((outcome, Settlement::Ack)),
             Err(JobError::Abandoned(reason)) => {
                 return Err((Settlement::Requeue, reason.to_owned()));
+            }
+            // The attempt was none: it could not have ended otherwise.
+            Err(JobError::Transient(error))
+                if self.pipeline.outage().is_some_and(Outage::is_on) =>
+            {
+                return Err((Settlement::Requeue, error));
             }
             Err(JobError::Transient(error)) => match self.options.retry.delay_after(attempt) {
                 Some(delay) => {

@@ -58,6 +58,8 @@ const LAYERS: &[(&str, Layer)] = &[
     ("model", Ports),
     ("worker", Core),
     ("pipeline", Core),
+    ("outage", Core),
+    ("watchdog", Core),
     ("engine", Core),
     ("classes::catalog", Core),
     ("classes::build", Core),

@@ -1,14 +1,19 @@
 //! Publishing with confirms, over one connection that is replaced when it is lost.
 //!
+//! A broker that runs out of memory or disk blocks publishers: that is waited for, however long it
+//! takes, on the same connection.
+//!
 //! Every message is mandatory: without that flag RabbitMQ acks and drops what no queue takes.
 //! Confirms are pipelined: each caller waits for its own, all at once.
 
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::{BasicProperties, Channel, Confirmation, Connection};
-use tokio::sync::Mutex;
+use lapin::{BasicProperties, Channel, Confirmation, Connection, Event};
+use tokio::sync::{Mutex, watch};
 use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::topology::Topology;
 use super::{AmqpError, AmqpOptions, Backoff, close, connect, short};
@@ -30,6 +35,8 @@ pub struct Publisher {
     options: AmqpOptions,
     topology: Topology,
     state: Mutex<State>,
+    /// Why the broker takes nothing for now.
+    blocked: watch::Sender<Option<String>>,
 }
 
 #[derive(Default)]
@@ -42,12 +49,19 @@ struct State {
 struct Live {
     connection: Connection,
     channel: Channel,
+    _watch: AbortOnDropHandle<()>,
 }
 
 impl Publisher {
     /// A publisher that connects when it is first needed, and declares what it publishes to.
     pub fn new(options: AmqpOptions, topology: Topology) -> Self {
-        Self { options, topology, state: Mutex::default() }
+        let blocked = watch::Sender::new(None);
+        Self { options, topology, state: Mutex::default(), blocked }
+    }
+
+    /// Why the broker takes nothing for now, as it changes.
+    pub fn blocked(&self) -> watch::Receiver<Option<String>> {
+        self.blocked.subscribe()
     }
 
     /// Publishes to a queue and returns once the broker has confirmed or returned the message.
@@ -62,7 +76,7 @@ impl Publisher {
         let mut backoff = Backoff::default();
         loop {
             let (channel, number) = self.channel().await;
-            match send(&channel, queue, properties, body).await {
+            match self.send(&channel, queue, properties, body).await {
                 Ok(published) => return published,
                 Err(reason) => {
                     let pause = backoff.next();
@@ -91,7 +105,8 @@ impl Publisher {
         loop {
             match self.open().await {
                 Ok((connection, channel)) => {
-                    state.live = Some(Live { connection, channel: channel.clone() });
+                    let watch = self.watch(&connection);
+                    state.live = Some(Live { connection, channel: channel.clone(), _watch: watch });
                     state.opened += 1;
                     return (channel, state.opened);
                 }
@@ -115,10 +130,65 @@ impl Publisher {
         Ok((connection, channel))
     }
 
+    /// Follows what the broker says of this connection.
+    fn watch(&self, connection: &Connection) -> AbortOnDropHandle<()> {
+        self.blocked.send_replace(None);
+        let mut events = Box::pin(connection.events_listener());
+        let blocked = self.blocked.clone();
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            while let Some(event) = events.next().await {
+                match event {
+                    Event::ConnectionBlocked(reason) => {
+                        tracing::warn!("the broker blocks publishers, results wait: {reason}");
+                        blocked.send_replace(Some(reason.to_string()));
+                    }
+                    Event::ConnectionUnblocked => {
+                        tracing::info!("the broker takes messages again");
+                        blocked.send_replace(None);
+                    }
+                    Event::Error(_) => break, // Whoever publishes meets it.
+                    _ => {}
+                }
+            }
+            blocked.send_replace(None);
+        }))
+    }
+
     async fn give_up(&self, number: u64) {
         let mut state = self.state.lock().await;
         if state.opened == number {
             state.shut().await;
+        }
+    }
+
+    async fn send(
+        &self,
+        channel: &Channel,
+        queue: &str,
+        properties: &BasicProperties,
+        body: &[u8],
+    ) -> Result<Published, String> {
+        let mandatory = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let confirmed = async {
+            channel
+                .basic_publish("".into(), short(queue), mandatory, body, properties.clone())
+                .await?
+                .await
+        };
+        tokio::pin!(confirmed);
+        let answer = loop {
+            match timeout(CONFIRM, &mut confirmed).await {
+                Ok(answer) => break answer,
+                Err(_) if self.blocked.borrow().is_some() => {}
+                Err(_) => return Err(format!("no confirm within {} s", CONFIRM.as_secs())),
+            }
+        };
+        match answer {
+            Ok(Confirmation::Ack(None)) => Ok(Published::Confirmed),
+            Ok(Confirmation::Ack(Some(_))) => Ok(Published::Unroutable),
+            Ok(Confirmation::Nack(_)) => Err("the broker refused it (nack)".to_owned()),
+            Ok(Confirmation::NotRequested) => Err("confirms are off on this channel".to_owned()),
+            Err(error) => Err(error.to_string()),
         }
     }
 
@@ -133,28 +203,5 @@ impl State {
         if let Some(live) = self.live.take() {
             close(&live.connection).await;
         }
-    }
-}
-
-async fn send(
-    channel: &Channel,
-    queue: &str,
-    properties: &BasicProperties,
-    body: &[u8],
-) -> Result<Published, String> {
-    let mandatory = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-    let confirmed = async {
-        channel
-            .basic_publish("".into(), short(queue), mandatory, body, properties.clone())
-            .await?
-            .await
-    };
-    match timeout(CONFIRM, confirmed).await {
-        Ok(Ok(Confirmation::Ack(None))) => Ok(Published::Confirmed),
-        Ok(Ok(Confirmation::Ack(Some(_)))) => Ok(Published::Unroutable),
-        Ok(Ok(Confirmation::Nack(_))) => Err("the broker refused it (nack)".to_owned()),
-        Ok(Ok(Confirmation::NotRequested)) => Err("confirms are off on this channel".to_owned()),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("no confirm within {} s", CONFIRM.as_secs())),
     }
 }

@@ -37,8 +37,18 @@ impl Topology {
     /// The retry queue of a delay. It is named after the jobs queue, because it leads back there:
     /// two fleets on one broker must not share one.
     pub fn retry_queue(&self, delay: Duration) -> String {
-        let base = self.jobs.strip_suffix(".jobs").unwrap_or(&self.jobs);
-        format!("{base}.retry.{}", humantime::format_duration(delay).to_string().replace(' ', ""))
+        let delay = humantime::format_duration(delay).to_string().replace(' ', "");
+        format!("{}.retry.{delay}", self.base())
+    }
+
+    /// Where jobs wait that a worker held when it ended. Named after the jobs queue, as the retry
+    /// queues are.
+    pub fn suspects_queue(&self) -> String {
+        format!("{}.suspects", self.base())
+    }
+
+    fn base(&self) -> &str {
+        self.jobs.strip_suffix(".jobs").unwrap_or(&self.jobs)
     }
 
     /// Declares everything. Yields a sentence for each queue that exists with other arguments; such
@@ -63,7 +73,8 @@ impl Topology {
         let mut queues = vec![(self.dead.clone(), quorum()), (self.results.clone(), quorum())];
         let mut jobs = dead_letters_to(&self.dead);
         jobs.insert(short("x-delivery-limit"), AMQPValue::LongLongInt(DELIVERY_LIMIT));
-        queues.push((self.jobs.clone(), jobs));
+        queues.push((self.jobs.clone(), jobs.clone()));
+        queues.push((self.suspects_queue(), jobs));
         let mut delays = self.retry_delays.clone();
         delays.sort();
         delays.dedup();

@@ -17,6 +17,7 @@ use crate::classes::ClassVectors;
 use crate::embed::{EmbedError, Embedder};
 use crate::error::{ImageError, ImageErrorCode};
 use crate::score::{ClassScore, Scorer, normalise};
+use crate::watchdog::Step;
 
 /// What the threads share.
 #[derive(Clone)]
@@ -26,6 +27,7 @@ pub(super) struct Shared {
     pub in_flight: watch::Sender<usize>,
     pub broken: Arc<watch::Sender<Option<String>>>,
     pub stats: Arc<EngineStats>,
+    pub embedding: Arc<Step>,
     pub scorer: Scorer,
 }
 
@@ -128,6 +130,7 @@ impl Executor {
         let view = ArrayView4::from_shape((images, height, width, 3), &self.pixels)
             .map_err(|e| EmbedError::Batch(format!("pixels do not fit the batch: {e}")))?;
         let started = Instant::now();
+        let _watched = self.shared.embedding.enter();
         let embedder = &mut self.embedder;
         let embeddings = catch_unwind(AssertUnwindSafe(|| embedder.embed(view)))
             .unwrap_or_else(|_| Err(EmbedError::Batch("the back end panicked".to_owned())));

@@ -2,36 +2,52 @@
 //!
 //! A lost connection ends its consumer; its deliveries can no longer be acked and come back, so
 //! their `lost` token is cancelled and work on them stops. Then the loop connects anew.
+//!
+//! A delivery that the broker marks as redelivered was held by a worker that ended or lost its
+//! connection, and may be what ended it. It is moved to a queue of its own, whose jobs run alone
+//! ([`JobSource::receive_suspect`]): there the broker counts how often *this* job was held when its
+//! worker ended, and no innocent job is ever counted with it. Whatever a worker gives back in order
+//! is published anew instead, so that it is no suspect.
 
-use std::collections::BTreeMap;
+mod live;
+mod settle;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures_util::StreamExt;
-
-use lapin::options::{
-    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
-};
-use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{Acker, BasicProperties, Channel, Connection, Consumer, Event};
-use tokio::task::JoinHandle;
+use futures_util::{StreamExt, stream};
+use lapin::Consumer;
+use lapin::options::{BasicCancelOptions, BasicGetOptions};
+use lapin::types::{FieldTable, ShortString};
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 
-use super::{Delivery, JobSource, Malformed, Reply, Settle, Settlement};
-use crate::amqp::publisher::{Published, Publisher};
+use self::live::{Live, consume, open};
+use self::settle::{ATTEMPT, Message};
+use super::{Delivery, JobSource, Reply, Unworkable};
+use crate::amqp::publisher::Publisher;
 use crate::amqp::topology::Topology;
 use crate::amqp::{
-    AmqpError, AmqpOptions, Backoff, close, connect, number_header, put, short, string_header,
+    AmqpError, AmqpOptions, Backoff, DELIVERY_COUNT, close, number_header, put, short,
+    string_header,
 };
-use crate::error::FatalError;
+use crate::error::{Failure, FailureCode, FatalError};
 use crate::health::Readiness;
-use crate::job::{JOB_TYPE, Job, JobLimits, id_of_malformed};
+use crate::job::{Job, JobLimits, id_of_malformed};
 
-/// Counts attempts across retries; never begins with `x-`, which RabbitMQ keeps for itself.
-const ATTEMPT: &str = "angler-attempt";
-const ERROR: &str = "angler-error";
+/// How often a suspect runs alone before it is given up. With the run among others that made it
+/// one, a job ends at most four workers.
+const SUSPECT_RUNS: i64 = 3;
+
+/// What giving back or moving messages may take when the broker does not answer: what is left
+/// comes back with the end of the connection.
+const GIVE_BACK: Duration = Duration::from_secs(5);
+
+/// A message that is moved although its queue does not exist waits so long before it goes back.
+const NO_QUEUE: Duration = Duration::from_secs(5);
 
 /// Consumes the jobs queue.
 pub struct AmqpSource {
@@ -45,18 +61,15 @@ pub struct AmqpSource {
     /// The attempt to become live. A task of its own, since calls of `receive` are dropped at any
     /// moment: a consumer that was dropped half-made would keep what was prefetched for it.
     opening: Option<JoinHandle<Result<Live, AmqpError>>>,
+    /// The end of a pause, for the same reason.
+    resuming: Option<JoinHandle<Result<Consumer, AmqpError>>>,
+    /// Whether suspects wait.
+    suspects: Arc<watch::Sender<bool>>,
+    /// Redelivered messages on their way to the queue of suspects; the prefetch bounds them.
+    moving: JoinSet<()>,
     /// Grows while consumers end without having delivered anything.
     backoff: Backoff,
     stopped: bool,
-}
-
-struct Live {
-    connection: Connection,
-    channel: Channel,
-    consumer: Consumer,
-    lost: CancellationToken,
-    /// Cancels `lost` when the connection reports an error, even while nobody receives.
-    _watch: AbortOnDropHandle<()>,
 }
 
 impl AmqpSource {
@@ -79,6 +92,9 @@ impl AmqpSource {
             readiness,
             live: None,
             opening: None,
+            resuming: None,
+            suspects: Arc::new(watch::Sender::new(false)),
+            moving: JoinSet::new(),
             backoff: Backoff::default(),
             stopped: false,
         }
@@ -87,15 +103,45 @@ impl AmqpSource {
     /// Begins an attempt to connect and consume after a pause.
     fn open_after(&self, pause: Duration) -> JoinHandle<Result<Live, AmqpError>> {
         let (options, topology) = (self.options.clone(), self.topology.clone());
-        let prefetch = self.prefetch;
+        let (prefetch, suspects) = (self.prefetch, Arc::clone(&self.suspects));
         tokio::spawn(async move {
             tokio::time::sleep(pause).await;
-            open(&options, &topology, prefetch).await
+            open(&options, &topology, prefetch, suspects).await
         })
     }
 
-    /// Connects until it works. Dropping the call in between loses nothing.
-    async fn live(&mut self) -> &mut Live {
+    /// Connects and consumes until it works. Dropping the call in between loses nothing.
+    async fn consumer(&mut self) -> (&mut Consumer, CancellationToken) {
+        loop {
+            self.connected().await;
+            let Some(live) = &self.live else { continue };
+            if live.consumer.is_some() {
+                break;
+            }
+            let resuming = self.resuming.take().unwrap_or_else(|| {
+                let (channel, topology) = (live.channel.clone(), self.topology.clone());
+                let options = self.options.clone();
+                tokio::spawn(async move { consume(&channel, &topology, &options).await })
+            });
+            let resumed = self.resuming.insert(resuming).await;
+            self.resuming = None;
+            match (resumed, &mut self.live) {
+                (Ok(Ok(consumer)), Some(live)) => {
+                    self.readiness.set_consuming(true);
+                    live.consumer = Some(consumer);
+                }
+                (Ok(Err(error)), _) => self.lose(&error.to_string()),
+                (Err(panic), _) => self.lose(&panic.to_string()),
+                (Ok(Ok(_)), None) => {}
+            }
+        }
+        match &mut self.live {
+            Some(Live { consumer: Some(consumer), lost, .. }) => (consumer, lost.clone()),
+            _ => unreachable!("the loop above ends only with a consumer"),
+        }
+    }
+
+    async fn connected(&mut self) {
         while self.live.is_none() {
             let opening = match self.opening.take() {
                 Some(opening) => opening,
@@ -117,10 +163,6 @@ impl AmqpSource {
                 Err(panic) => self.try_again(&panic.to_string()),
             }
         }
-        match &mut self.live {
-            Some(live) => live,
-            None => unreachable!("the loop above ends only with a connection"),
-        }
     }
 
     fn try_again(&mut self, error: &str) {
@@ -135,6 +177,7 @@ impl AmqpSource {
     fn lose(&mut self, reason: &str) {
         tracing::warn!("the consumer ended and is started anew: {reason}");
         self.readiness.set_consuming(false);
+        self.suspects.send_replace(false);
         if let Some(live) = self.live.take() {
             live.lost.cancel();
             // Closed beside the way; a broker that is gone does not answer.
@@ -144,81 +187,108 @@ impl AmqpSource {
         self.opening = Some(self.open_after(pause));
     }
 
-    fn delivery(&self, message: lapin::message::Delivery, lost: CancellationToken) -> Delivery {
-        let lapin::message::Delivery { properties, data, acker, .. } = message;
-        let text = |value: &Option<ShortString>| value.as_ref().map(ToString::to_string);
-        let message_id = text(properties.message_id());
+    /// A message with the duty to settle it.
+    fn message(&self, delivery: lapin::message::Delivery, queue: String) -> Message {
+        let lapin::message::Delivery { properties, data, acker, .. } = delivery;
         let headers = properties.headers().clone().unwrap_or_default();
         let attempt = number_header(&headers, ATTEMPT)
             .and_then(|n| u32::try_from(n).ok())
             .filter(|n| *n > 0)
             .unwrap_or(1);
-        let reply = Reply {
-            to: text(properties.reply_to()).filter(|q| !q.is_empty()),
-            correlation_id: text(properties.correlation_id()),
-            traceparent: string_header(&headers, "traceparent"),
-        };
-        let job = Job::parse(&data, message_id.as_deref(), self.limits).map_err(|failure| {
-            Malformed { id: id_of_malformed(&data, message_id.as_deref()), failure }
-        });
-        let settle = Box::new(AmqpSettle {
+        Message {
             acker,
             publisher: Arc::clone(&self.publisher),
             topology: self.topology.clone(),
+            queue,
             properties,
             headers,
             body: data,
             attempt,
+        }
+    }
+
+    fn delivery(&self, message: Message, suspect: bool, lost: CancellationToken) -> Delivery {
+        let Message { properties, headers, body, attempt, .. } = &message;
+        let text = |value: &Option<ShortString>| value.as_ref().map(ToString::to_string);
+        let message_id = text(properties.message_id());
+        let attempt = *attempt;
+        let reply = Reply {
+            to: text(properties.reply_to()).filter(|q| !q.is_empty()),
+            correlation_id: text(properties.correlation_id()),
+            traceparent: string_header(headers, "traceparent"),
+        };
+        let mut job = Job::parse(body, message_id.as_deref(), self.limits).map_err(|failure| {
+            Unworkable { id: id_of_malformed(body, message_id.as_deref()), run: None, failure }
         });
-        Delivery { job, attempt, reply, settle, lost }
+        let runs = number_header(headers, DELIVERY_COUNT).unwrap_or(0);
+        if suspect && runs >= SUSPECT_RUNS {
+            job = job.and_then(|job| {
+                Err(Unworkable { id: job.id, run: job.run, failure: given_up(runs) })
+            });
+        }
+        Delivery { job, attempt, suspect, reply, settle: Box::new(message), lost }
     }
-}
 
-async fn open(
-    options: &AmqpOptions,
-    topology: &Topology,
-    prefetch: u16,
-) -> Result<Live, AmqpError> {
-    let connection = connect(options, "consume").await?;
-    for mismatch in topology.declare(&connection).await? {
-        tracing::warn!("{mismatch}");
+    /// Moves a redelivered message to the queue of suspects, beside the way of the others.
+    fn set_apart(&mut self, message: Message, lost: CancellationToken) {
+        while self.moving.try_join_next().is_some() {}
+        tracing::info!(
+            id = message.properties.message_id().as_ref().map(ShortString::as_str),
+            queue = self.topology.suspects_queue(),
+            "delivered again: a worker ended while it held this job, which now runs apart"
+        );
+        self.moving.spawn(async move {
+            let apart = async {
+                let safe = message.set_apart().await;
+                if !safe {
+                    tokio::time::sleep(NO_QUEUE).await;
+                }
+                message.end(safe).await;
+            };
+            lost.run_until_cancelled(apart).await;
+        });
     }
-    // From here on, since a refused declaration is an error of the connection's too.
-    let lost = CancellationToken::new();
-    let watch = watch(&connection, lost.clone());
-    let channel = connection.create_channel().await?;
-    // Unacked deliveries at once; the worker holds no more jobs than that.
-    channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
-    let consumer = channel
-        .basic_consume(
-            short(&topology.jobs),
-            short(&options.name),
-            BasicConsumeOptions::default(), // acks by hand, competing consumers
-            FieldTable::default(),
-        )
-        .await?;
-    Ok(Live { connection, channel, consumer, lost, _watch: watch })
-}
 
-/// Watches a connection's events and cancels `lost` when it ends.
-fn watch(connection: &Connection, lost: CancellationToken) -> AbortOnDropHandle<()> {
-    let mut events = Box::pin(connection.events_listener());
-    AbortOnDropHandle::new(tokio::spawn(async move {
-        while let Some(event) = events.next().await {
-            match event {
-                Event::Error(error) => {
-                    tracing::warn!("the consuming connection is lost: {error}");
-                    break;
-                }
-                Event::ConnectionBlocked(reason) => {
-                    tracing::warn!("the broker blocks publishers: {reason}");
-                }
-                Event::ConnectionUnblocked => tracing::info!("the broker unblocked publishers"),
-                _ => {}
+    /// Ends the consumer. What was prefetched but not handed out goes back now, not at the end of
+    /// the drain; what cannot be given back in time comes back with the end of the connection.
+    async fn end_consumer(&mut self) {
+        self.resuming = None;
+        let Some(live) = &mut self.live else { return };
+        let Some(mut consumer) = live.consumer.take() else { return };
+        let cancel = live.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
+        match timeout(GIVE_BACK, cancel).await {
+            Ok(Ok(())) => {}
+            _ => return, // The connection is gone, and with it the prefetched jobs.
+        }
+        let lost = live.lost.clone();
+        let mut prefetched = Vec::new();
+        while let Ok(Some(Ok(delivery))) = timeout(GIVE_BACK, consumer.next()).await {
+            let redelivered = delivery.redelivered;
+            let message = self.message(delivery, self.topology.jobs.clone());
+            if redelivered {
+                self.set_apart(message, lost.clone());
+            } else {
+                prefetched.push(message);
             }
         }
-        lost.cancel();
-    }))
+        let give_back = stream::iter(prefetched).for_each_concurrent(None, async |message| {
+            let safe = message.give_back().await;
+            message.end(safe).await;
+        });
+        let _ = timeout(GIVE_BACK, give_back).await;
+    }
+}
+
+/// Why a suspect is not run again.
+fn given_up(runs: i64) -> Failure {
+    Failure::new(
+        FailureCode::RetriesExhausted,
+        format!(
+            "a worker ended each time that it worked on this job: once among others, {runs} times \
+             alone. An image of it may be what kills the process; the workers' logs and the system's \
+             (out of memory?) say more"
+        ),
+    )
 }
 
 #[async_trait]
@@ -228,21 +298,53 @@ impl JobSource for AmqpSource {
             return Ok(None);
         }
         loop {
-            let live = self.live().await;
-            let lost = live.lost.clone();
+            let (consumer, lost) = self.consumer().await;
             let next = tokio::select! {
-                next = live.consumer.next() => next,
+                next = consumer.next() => next,
                 () = lost.cancelled() => None,
             };
             match next {
-                Some(Ok(message)) => {
+                Some(Ok(delivery)) => {
                     self.backoff.reset();
-                    return Ok(Some(self.delivery(message, lost)));
+                    let redelivered = delivery.redelivered;
+                    let message = self.message(delivery, self.topology.jobs.clone());
+                    if redelivered {
+                        self.set_apart(message, lost);
+                        continue;
+                    }
+                    return Ok(Some(self.delivery(message, false, lost)));
                 }
                 Some(Err(error)) => self.lose(&error.to_string()),
                 None => self.lose("cancelled by the broker, or its connection is gone"),
             }
         }
+    }
+
+    fn suspects(&self) -> Option<watch::Receiver<bool>> {
+        Some(self.suspects.subscribe())
+    }
+
+    async fn receive_suspect(&mut self) -> Result<Option<Delivery>, FatalError> {
+        let queue = self.topology.suspects_queue();
+        let Some(live) = self.live.as_ref().filter(|_| !self.stopped) else {
+            self.suspects.send_replace(false);
+            return Ok(None);
+        };
+        let by_hand = BasicGetOptions::default();
+        let got = timeout(GIVE_BACK, live.suspects.basic_get(short(&queue), by_hand)).await;
+        let Ok(Ok(Some(got))) = got else {
+            // None left; or the connection is gone, which its watch says.
+            self.suspects.send_replace(false);
+            return Ok(None);
+        };
+        let lost = live.lost.clone();
+        let message = self.message(got.delivery, queue);
+        Ok(Some(self.delivery(message, true, lost)))
+    }
+
+    async fn pause(&mut self, reason: &'static str) {
+        self.readiness.set_paused(reason);
+        self.end_consumer().await;
     }
 
     async fn stop(&mut self) {
@@ -256,101 +358,15 @@ impl JobSource for AmqpSource {
                 }
             });
         }
-        let Some(live) = &mut self.live else { return };
-        let cancel = live.channel.basic_cancel(live.consumer.tag(), BasicCancelOptions::default());
-        let give_back = async {
-            if cancel.await.is_err() {
-                return; // The connection is gone, and with it the prefetched jobs.
-            }
-            // What was prefetched but not handed out goes back now, not at the end of the drain.
-            while let Some(Ok(message)) = live.consumer.next().await {
-                let requeue = BasicNackOptions { requeue: true, multiple: false };
-                if message.acker.nack(requeue).await.is_err() {
-                    return;
-                }
-            }
-        };
-        let _ = tokio::time::timeout(Duration::from_secs(5), give_back).await;
+        self.end_consumer().await;
     }
 
     async fn close(&mut self) {
+        let moved = async { while self.moving.join_next().await.is_some() {} };
+        let _ = timeout(GIVE_BACK, moved).await;
+        self.moving.shutdown().await;
         if let Some(live) = self.live.take() {
             close(&live.connection).await;
-        }
-    }
-}
-
-struct AmqpSettle {
-    acker: Acker,
-    publisher: Arc<Publisher>,
-    topology: Topology,
-    properties: BasicProperties,
-    headers: FieldTable,
-    body: Vec<u8>,
-    attempt: u32,
-}
-
-impl AmqpSettle {
-    /// The message again, with our headers and without the broker's record of dead-lettering,
-    /// which RabbitMQ before 4.0 would read as a cycle and drop the message.
-    fn copy(&self, own: &[(&str, AMQPValue)]) -> BasicProperties {
-        let stripped = |key: &str| {
-            key == "x-death"
-                || key.starts_with("x-first-death-")
-                || key.starts_with("x-last-death-")
-        };
-        let kept: BTreeMap<ShortString, AMQPValue> = self
-            .headers
-            .inner()
-            .iter()
-            .filter(|(key, _)| !stripped(key.as_str()))
-            .map(|(key, value)| (key.clone(), value.clone()))
-            .chain(own.iter().map(|(key, value)| (short(key), value.clone())))
-            .collect();
-        self.properties
-            .clone()
-            .with_headers(FieldTable::from(kept))
-            .with_delivery_mode(2)
-            .with_type(JOB_TYPE.into())
-    }
-
-    async fn republish(&self, queue: &str, own: &[(&str, AMQPValue)]) -> bool {
-        let published = self.publisher.publish(queue, &self.copy(own), &self.body).await;
-        if published == Published::Unroutable {
-            tracing::error!(queue, "the queue does not exist: the job goes back to its own");
-        }
-        published == Published::Confirmed
-    }
-}
-
-#[async_trait]
-impl Settle for AmqpSettle {
-    async fn settle(self: Box<Self>, settlement: Settlement) {
-        let text = |t: &str| AMQPValue::LongString(t.into());
-        let done = match settlement {
-            Settlement::Ack => true,
-            Settlement::Requeue => false,
-            Settlement::Retry { delay, error } => {
-                let queue = self.topology.retry_queue(delay);
-                let attempt = AMQPValue::LongUInt(self.attempt.saturating_add(1));
-                self.republish(&queue, &[(ATTEMPT, attempt), (ERROR, text(&error))]).await
-            }
-            Settlement::DeadLetter(failure) => {
-                let own = [
-                    ("angler-reason", text(failure.code.as_str())),
-                    ("angler-attempts", AMQPValue::LongUInt(self.attempt)),
-                    (ERROR, text(&failure.message)),
-                ];
-                self.republish(&self.topology.dead, &own).await
-            }
-        };
-        let settled = if done {
-            self.acker.ack(BasicAckOptions::default()).await
-        } else {
-            self.acker.nack(BasicNackOptions { requeue: true, multiple: false }).await
-        };
-        if let Err(error) = settled {
-            tracing::warn!("a delivery could not be settled and comes back: {error}");
         }
     }
 }

@@ -50,6 +50,7 @@ impl JobSource for FolderSource {
         Ok(Some(Delivery {
             job: Ok(job),
             attempt: 1,
+            suspect: false,
             reply: Reply::default(),
             settle: Box::new(Nothing),
             lost: CancellationToken::new(),

@@ -6,10 +6,10 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{Delivery, JobSource, Malformed, Reply, Settle, Settlement};
+use super::{Delivery, JobSource, Reply, Settle, Settlement, Unworkable};
 use crate::error::FatalError;
 use crate::job::{Job, JobLimits, id_of_malformed};
 
@@ -18,11 +18,14 @@ use crate::job::{Job, JobLimits, id_of_malformed};
 pub struct MemoryQueue {
     state: Arc<Mutex<State>>,
     changed: Arc<Notify>,
+    /// Some: what is dropped unsettled becomes a suspect. None: it comes again as it was.
+    suspects: Option<Arc<watch::Sender<bool>>>,
 }
 
 #[derive(Default)]
 struct State {
     waiting: VecDeque<Message>,
+    suspects: VecDeque<Message>,
     unsettled: usize,
     settled: Vec<(Vec<u8>, Settlement)>,
     ended: bool,
@@ -32,17 +35,35 @@ struct State {
 struct Message {
     body: Vec<u8>,
     attempt: u32,
+    suspect: bool,
 }
 
 impl MemoryQueue {
+    /// A queue that sets apart what was dropped unsettled, as the jobs queue of a broker does.
+    pub fn with_suspects() -> Self {
+        Self { suspects: Some(Arc::new(watch::Sender::new(false))), ..Self::default() }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Puts a message at the end.
     pub fn push(&self, body: impl Into<Vec<u8>>) {
-        self.state().waiting.push_back(Message { body: body.into(), attempt: 1 });
+        self.state().waiting.push_back(Message { body: body.into(), attempt: 1, suspect: false });
         self.changed.notify_waiters();
+    }
+
+    /// Gives back what was dropped unsettled.
+    fn set_apart(&self, state: &mut State, mut message: Message) {
+        match &self.suspects {
+            Some(waiting) => {
+                message.suspect = true;
+                state.suspects.push_back(message);
+                waiting.send_replace(true);
+            }
+            None => state.waiting.push_front(message),
+        }
     }
 
     /// No more messages will be pushed: a source ends once all are settled.
@@ -59,7 +80,7 @@ impl MemoryQueue {
     /// Messages that wait or are delivered and unsettled.
     pub fn depth(&self) -> (usize, usize) {
         let state = self.state();
-        (state.waiting.len(), state.unsettled)
+        (state.waiting.len() + state.suspects.len(), state.unsettled)
     }
 
     /// A consumer of this queue.
@@ -85,8 +106,8 @@ impl JobSource for MemorySource {
             changed.as_mut().enable();
             {
                 let mut state = self.queue.state();
-                if self.stopped || (state.ended && state.waiting.is_empty() && state.unsettled == 0)
-                {
+                let empty = state.waiting.is_empty() && state.suspects.is_empty();
+                if self.stopped || (state.ended && empty && state.unsettled == 0) {
                     return Ok(None);
                 }
                 if let Some(message) = state.waiting.pop_front() {
@@ -98,6 +119,21 @@ impl JobSource for MemorySource {
         }
     }
 
+    fn suspects(&self) -> Option<watch::Receiver<bool>> {
+        self.queue.suspects.as_ref().map(|suspects| suspects.subscribe())
+    }
+
+    async fn receive_suspect(&mut self) -> Result<Option<Delivery>, FatalError> {
+        let mut state = self.queue.state();
+        let suspect = state.suspects.pop_front();
+        state.unsettled += usize::from(suspect.is_some());
+        if let Some(waiting) = &self.queue.suspects {
+            waiting.send_replace(!state.suspects.is_empty());
+        }
+        drop(state);
+        Ok(suspect.map(|message| self.delivery(message)))
+    }
+
     async fn stop(&mut self) {
         self.stopped = true;
     }
@@ -107,11 +143,15 @@ impl JobSource for MemorySource {
 
 impl MemorySource {
     fn delivery(&self, message: Message) -> Delivery {
-        let job = Job::parse(&message.body, None, self.limits)
-            .map_err(|failure| Malformed { id: id_of_malformed(&message.body, None), failure });
+        let job = Job::parse(&message.body, None, self.limits).map_err(|failure| Unworkable {
+            id: id_of_malformed(&message.body, None),
+            run: None,
+            failure,
+        });
         Delivery {
             job,
             attempt: message.attempt,
+            suspect: message.suspect,
             reply: Reply::default(),
             lost: CancellationToken::new(),
             settle: Box::new(MemorySettle { queue: self.queue.clone(), message: Some(message) }),
@@ -133,8 +173,10 @@ impl Settle for MemorySettle {
         state.settled.push((message.body.clone(), settlement.clone()));
         match settlement {
             Settlement::Ack | Settlement::DeadLetter(_) => {}
+            Settlement::Requeue if message.suspect => self.queue.set_apart(&mut state, message),
             Settlement::Requeue => state.waiting.push_front(message),
             Settlement::Retry { .. } => {
+                message.suspect = false;
                 message.attempt += 1;
                 state.waiting.push_back(message);
             }
@@ -145,12 +187,12 @@ impl Settle for MemorySettle {
 }
 
 impl Drop for MemorySettle {
-    /// Dropped unsettled, as when a worker dies: delivered again, to the front.
+    /// Dropped unsettled, as when a worker dies: delivered again.
     fn drop(&mut self) {
         if let Some(message) = self.message.take() {
             let mut state = self.queue.state();
             state.unsettled -= 1;
-            state.waiting.push_front(message);
+            self.queue.set_apart(&mut state, message);
             drop(state);
             self.queue.changed.notify_waiters();
         }

@@ -39,7 +39,7 @@ struct Memory {
 
 impl Memory {
     async fn new() -> Self {
-        Self { queue: MemoryQueue::default() }
+        Self { queue: MemoryQueue::with_suspects() }
     }
 }
 
@@ -170,7 +170,9 @@ macro_rules! job_source {
                 a_job_comes_with_all_its_fields,
                 what_is_no_job_comes_with_the_reason_and_an_id,
                 what_is_acked_is_gone,
-                what_a_dead_worker_held_comes_again,
+                what_a_dead_worker_held_comes_again_apart,
+                a_suspect_that_is_given_back_stays_one_and_one_that_is_retried_is_none,
+                a_pause_gives_back_what_was_not_handed_out,
                 what_is_requeued_comes_again_as_the_same_attempt,
                 what_is_retried_comes_again_later_as_the_next_attempt,
                 a_dead_letter_does_not_come_again,
@@ -200,6 +202,32 @@ fn id(delivery: &Delivery) -> String {
 async fn receive(source: &mut Box<dyn JobSource>) -> Delivery {
     let received = soon("a delivery", source.receive()).await.unwrap();
     received.expect("the source ended")
+}
+
+/// A job, or a suspect.
+async fn receive_any(source: &mut Box<dyn JobSource>) -> Delivery {
+    let mut waiting = source.suspects().expect("this source has suspects");
+    let any = async {
+        loop {
+            tokio::select! {
+                waits = waiting.wait_for(|waits| *waits) => drop(waits.unwrap()),
+                // It moves those that are delivered again, and hands out the others.
+                other = source.receive() => return other.unwrap().expect("the source ended"),
+            }
+            if let Some(delivery) = source.receive_suspect().await.unwrap() {
+                assert!(delivery.suspect);
+                return delivery;
+            }
+        }
+    };
+    soon("a delivery", any).await
+}
+
+/// One job that a worker held when it ended.
+async fn receive_suspect(source: &mut Box<dyn JobSource>) -> Delivery {
+    let delivery = receive_any(source).await;
+    assert!(delivery.suspect, "{} came", id(&delivery));
+    delivery
 }
 
 /// Nothing comes; waited for as long as it takes to be fairly sure.
@@ -283,7 +311,7 @@ async fn what_is_acked_is_gone(world: &impl World) {
     assert!(world.take_waiting().await.is_empty());
 }
 
-async fn what_a_dead_worker_held_comes_again(world: &impl World) {
+async fn what_a_dead_worker_held_comes_again_apart(world: &impl World) {
     let mut source = world.source();
     for name in ["a", "b", "c", "d"] {
         world.push(&job(name)).await;
@@ -300,7 +328,9 @@ async fn what_a_dead_worker_held_comes_again(world: &impl World) {
     let mut source = world.source();
     let mut again = Vec::new();
     for _ in 0..3 {
-        let delivery = receive(&mut source).await;
+        // The last one was only prefetched, which a broker cannot tell from held.
+        let delivery = receive_any(&mut source).await;
+        assert!(delivery.suspect || id(&delivery) == "d");
         assert_eq!(delivery.attempt, 1);
         again.push(id(&delivery));
         delivery.settle.settle(Settlement::Ack).await;
@@ -309,6 +339,52 @@ async fn what_a_dead_worker_held_comes_again(world: &impl World) {
     assert_eq!(again, ["b", "c", "d"]);
     nothing_comes(&mut source).await;
     end(source).await;
+}
+
+async fn a_suspect_that_is_given_back_stays_one_and_one_that_is_retried_is_none(
+    world: &impl World,
+) {
+    world.push(&job("a")).await;
+    let mut source = world.source();
+    drop(receive(&mut source).await);
+    source.close().await;
+    drop(source);
+    let mut source = world.source();
+    // As often as it likes: this is no failed run.
+    for _ in 0..5 {
+        let suspect = receive_suspect(&mut source).await;
+        assert_eq!((suspect.job.as_ref().unwrap().id.as_str(), suspect.attempt), ("a", 1));
+        suspect.settle.settle(Settlement::Requeue).await;
+    }
+    let retry = Settlement::Retry { delay: SHORT, error: "e".into() };
+    receive_suspect(&mut source).await.settle.settle(retry).await;
+    let delivery = receive(&mut source).await;
+    assert_eq!((delivery.suspect, delivery.attempt), (false, 2));
+    delivery.settle.settle(Settlement::Ack).await;
+    nothing_comes(&mut source).await;
+    end(source).await;
+}
+
+async fn a_pause_gives_back_what_was_not_handed_out(world: &impl World) {
+    for number in 0..5 {
+        world.push(&job(&number.to_string())).await;
+    }
+    let mut source = world.source();
+    let held = receive(&mut source).await;
+    soon("the source pauses", source.pause("it is told to")).await;
+    let mut other = world.source();
+    let first = receive(&mut other).await;
+    assert!(!first.suspect);
+    first.settle.settle(Settlement::Ack).await;
+    end(other).await;
+    // What was handed out can be settled, and the others come once it is asked for more.
+    held.settle.settle(Settlement::Ack).await;
+    for _ in 0..3 {
+        receive(&mut source).await.settle.settle(Settlement::Ack).await;
+    }
+    nothing_comes(&mut source).await;
+    end(source).await;
+    assert!(world.take_waiting().await.is_empty());
 }
 
 async fn what_is_requeued_comes_again_as_the_same_attempt(world: &impl World) {
@@ -374,11 +450,15 @@ async fn a_stop_gives_back_what_was_not_handed_out(world: &impl World) {
     assert!(soon("no more", source.receive()).await.unwrap().is_none());
     // While the first is still being worked on, the others are free for another worker.
     let mut other = world.source();
-    for number in 1..5 {
+    let mut given_back = Vec::new();
+    for _ in 1..5 {
         let delivery = receive(&mut other).await;
-        assert_eq!((id(&delivery), delivery.attempt), (number.to_string(), 1));
+        assert_eq!((delivery.attempt, delivery.suspect), (1, false));
+        given_back.push(id(&delivery));
         delivery.settle.settle(Settlement::Ack).await;
     }
+    given_back.sort();
+    assert_eq!(given_back, ["1", "2", "3", "4"]);
     nothing_comes(&mut other).await;
     // What was handed out can still be settled.
     assert!(!held.lost.is_cancelled());
@@ -600,6 +680,33 @@ async fn a_dead_letter_lies_in_the_dead_queue_with_why_and_without_the_brokers_r
 }
 
 #[tokio::test]
+async fn a_suspect_whose_worker_ends_again_and_again_is_given_up_with_a_reason() {
+    let world = Amqp::new().await;
+    let run = json!({"id": "r", "jobs": 2, "index": 1});
+    let body = json!({"id": "a", "images": ["s3://b/k"], "classes": "s", "run": run}).to_string();
+    world.push(body.as_bytes()).await;
+    let mut source = world.source();
+    drop(receive(&mut source).await);
+    for _ in 0..3 {
+        source.close().await;
+        source = world.source();
+        let suspect = receive_suspect(&mut source).await;
+        assert_eq!(suspect.job.as_ref().unwrap().id, "a");
+        drop(suspect);
+    }
+    source.close().await;
+    let mut source = world.source();
+    let given_up = receive_suspect(&mut source).await;
+    let unworkable = given_up.job.unwrap_err();
+    assert_eq!(unworkable.failure.code, FailureCode::RetriesExhausted);
+    assert!(unworkable.failure.message.contains("3 times alone"), "{unworkable:?}");
+    assert_eq!((unworkable.id.as_str(), unworkable.run.unwrap().id.as_str()), ("a", "r"));
+    given_up.settle.settle(Settlement::DeadLetter(unworkable.failure)).await;
+    assert_eq!(world.dead().await.body["id"], "a");
+    end(source).await;
+}
+
+#[tokio::test]
 async fn a_retry_without_a_queue_for_its_delay_goes_back_and_is_not_lost() {
     let world = Amqp::new().await;
     world.push(&job("a")).await;
@@ -627,6 +734,7 @@ async fn calls_that_are_dropped_leave_no_connection_behind() {
     }
     let delivery = receive(&mut source).await;
     assert_eq!(id(&delivery), "a");
+    world.publisher.close().await;
     world.settled_on(&["angler consume conformance"]).await;
     delivery.settle.settle(Settlement::Ack).await;
     end(source).await;
@@ -645,8 +753,9 @@ async fn a_stop_while_connecting_leaves_no_consumer_behind() {
         end(source).await;
     }
     let mut source = world.source();
-    receive(&mut source).await.settle.settle(Settlement::Ack).await;
+    receive_any(&mut source).await.settle.settle(Settlement::Ack).await;
     end(source).await;
+    assert!(world.take_waiting().await.is_empty());
 }
 
 #[tokio::test]
@@ -686,9 +795,10 @@ async fn deliveries_of_a_connection_that_is_cut_are_lost_and_come_again() {
     soon("settled", held.settle.settle(Settlement::Ack)).await;
     let mut again = Vec::new();
     while again.len() < 2 {
-        let delivery = receive(&mut source).await;
         // What was prefetched on the old connection may still be handed out; it is lost too.
+        let delivery = receive_any(&mut source).await;
         if !delivery.lost.is_cancelled() {
+            assert!(delivery.suspect);
             again.push(id(&delivery));
             delivery.settle.settle(Settlement::Ack).await;
         }

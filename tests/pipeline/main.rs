@@ -6,7 +6,9 @@
 
 mod rig;
 
+mod apart;
 mod batches;
 mod limits;
+mod outage;
 mod outcomes;
 mod stopping;

@@ -1,7 +1,7 @@
 //! A worker and all that surrounds it, made to be held, counted and broken.
 
 use std::io::Cursor;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -22,6 +22,7 @@ use angler::engine::batcher::{BatchPolicy, CloseReason};
 use angler::engine::{Engine, EngineStats};
 use angler::error::{FatalError, ImageError, ImageErrorCode};
 use angler::job::{Classified, ImageEntry, JobLimits, JobResult, Outcome, Verdict};
+use angler::outage::Outage;
 use angler::pipeline::{ImageLimits, Pipeline};
 use angler::preprocess::{Filter, PixelSpec, Resize};
 use angler::retry::RetrySchedule;
@@ -34,6 +35,8 @@ use angler::worker::{Worker, WorkerOptions};
 
 /// The fingerprint that everything in these tests agrees on.
 pub const MODEL: &str = "fake@000000000000";
+/// What a job may be.
+pub const JOB_LIMITS: JobLimits = JobLimits { images: 100, message_bytes: 100_000 };
 /// An hour: what must not pass while the clock stands still.
 pub const LONG: Duration = Duration::from_secs(3600);
 
@@ -155,6 +158,8 @@ impl Gate {
 pub struct TestStore {
     pub fetching: Count,
     pub gate: Gate,
+    /// Whether it answers nothing but `storage_unavailable`.
+    pub away: AtomicBool,
 }
 
 #[async_trait]
@@ -162,6 +167,9 @@ impl ImageStore for TestStore {
     async fn fetch(&self, uri: &str, budget: &ByteBudget) -> Result<Fetched, ImageError> {
         let _inside = self.fetching.enter();
         self.gate.pass().await;
+        if self.away.load(Ordering::SeqCst) {
+            return Err(ImageError::new(ImageErrorCode::StorageUnavailable, "away, as told"));
+        }
         let (what, delay) = uri.split_once('+').unwrap_or((uri, "0ms"));
         tokio::time::sleep(humantime::parse_duration(delay).unwrap()).await;
         let bytes = match what {
@@ -252,7 +260,10 @@ pub struct Rig {
     pub options: WorkerOptions,
     pub catalog: Catalog,
     pub sink: TestSink,
-    held: Option<Receiver<()>>,
+    pub queue: MemoryQueue,
+    /// Whether an outage of the store is noticed.
+    pub outage: Option<Arc<Outage>>,
+    pub held: Option<Receiver<()>>,
 }
 
 impl Default for Rig {
@@ -283,6 +294,8 @@ impl Default for Rig {
             },
             catalog: fixed(None),
             sink: TestSink::default(),
+            queue: MemoryQueue::default(),
+            outage: None,
             held: None,
         }
     }
@@ -336,20 +349,27 @@ impl Rig {
         let spec =
             PixelSpec { width: 1, height: 1, resize: Resize::Exact, filter: Filter::Bilinear };
         let images: Arc<dyn ImageStore> = store.clone();
-        let pipeline = Pipeline::new(images, engine.clone(), spec, &self.limits);
-        let queue = MemoryQueue::default();
-        let source = queue.source(JobLimits { images: 100, message_bytes: 100_000 });
+        let mut pipeline = Pipeline::new(images, engine.clone(), spec, &self.limits);
+        if let Some(outage) = self.outage {
+            pipeline = pipeline.watched_by(outage);
+        }
+        let pipeline = Arc::new(pipeline);
+        let watched = Arc::clone(&pipeline);
+        let watch =
+            AbortOnDropHandle::new(tokio::spawn(async move { watched.watch_store().await }));
+        let queue = self.queue;
+        let source = queue.source(JOB_LIMITS);
         let results: Arc<dyn ResultSink> = sink.clone();
         let worker = Worker::new(
             wrap(Box::new(source)),
             results,
-            Arc::new(pipeline),
+            pipeline,
             Arc::new(self.catalog),
             self.options,
         );
         let stop = CancellationToken::new();
         let worker = tokio::spawn(worker.run(stop.clone()));
-        Running { queue, store, sink, engine, batches, stop, worker }
+        Running { queue, store, sink, engine, batches, stop, worker, _watch: watch }
     }
 }
 
@@ -362,6 +382,7 @@ pub struct Running {
     pub stop: CancellationToken,
     batches: Arc<Mutex<Vec<usize>>>,
     worker: JoinHandle<Result<(), FatalError>>,
+    _watch: AbortOnDropHandle<()>,
 }
 
 impl Running {

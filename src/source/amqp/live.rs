@@ -1,0 +1,108 @@
+//! A connection that jobs are consumed on, and what watches it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use lapin::options::{BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
+use lapin::types::FieldTable;
+use lapin::{Channel, Connection, Consumer, Event};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::amqp::topology::Topology;
+use crate::amqp::{AmqpError, AmqpOptions, connect, short};
+
+/// How often the queue of suspects is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+pub(super) struct Live {
+    pub connection: Connection,
+    pub channel: Channel,
+    /// None while the source is paused.
+    pub consumer: Option<Consumer>,
+    /// Where suspects are taken from, one at a time.
+    pub suspects: Channel,
+    /// Cancelled with the connection.
+    pub lost: CancellationToken,
+    /// Cancels `lost` when the connection reports an error, even while nobody receives.
+    _watch: AbortOnDropHandle<()>,
+    _look: AbortOnDropHandle<()>,
+}
+
+/// Connects, declares the topology and consumes. `waiting` tells whether suspects wait.
+pub(super) async fn open(
+    options: &AmqpOptions,
+    topology: &Topology,
+    prefetch: u16,
+    waiting: Arc<watch::Sender<bool>>,
+) -> Result<Live, AmqpError> {
+    let connection = connect(options, "consume").await?;
+    for mismatch in topology.declare(&connection).await? {
+        tracing::warn!("{mismatch}");
+    }
+    // From here on, since a refused declaration is an error of the connection's too.
+    let lost = CancellationToken::new();
+    let watch = watch_events(&connection, lost.clone());
+    let suspects = connection.create_channel().await?;
+    let look = look(connection.create_channel().await?, topology.suspects_queue(), waiting);
+    let channel = connection.create_channel().await?;
+    // Unacked deliveries at once; the worker holds no more jobs than that.
+    channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+    let consumer = consume(&channel, topology, options).await?;
+    Ok(Live {
+        connection,
+        channel,
+        consumer: Some(consumer),
+        suspects,
+        lost,
+        _watch: watch,
+        _look: look,
+    })
+}
+
+/// Begins to consume the jobs queue: acks by hand, competing consumers.
+pub(super) async fn consume(
+    channel: &Channel,
+    topology: &Topology,
+    options: &AmqpOptions,
+) -> Result<Consumer, AmqpError> {
+    let (queue, tag) = (short(&topology.jobs), short(&options.name));
+    let by_hand = BasicConsumeOptions::default();
+    Ok(channel.basic_consume(queue, tag, by_hand, FieldTable::default()).await?)
+}
+
+/// Watches a connection's events and cancels `lost` when it ends.
+fn watch_events(connection: &Connection, lost: CancellationToken) -> AbortOnDropHandle<()> {
+    let mut events = Box::pin(connection.events_listener());
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        while let Some(event) = events.next().await {
+            if let Event::Error(error) = event {
+                tracing::warn!("the consuming connection is lost: {error}");
+                break;
+            }
+        }
+        lost.cancel();
+    }))
+}
+
+/// Tells whether suspects wait. An error here is the connection's too, and ends it.
+fn look(
+    channel: Channel,
+    queue: String,
+    waiting: Arc<watch::Sender<bool>>,
+) -> AbortOnDropHandle<()> {
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        loop {
+            let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+            let looked = channel.queue_declare(short(&queue), passive, FieldTable::default()).await;
+            let Ok(queue) = looked else { return };
+            waiting.send_if_modified(|known| {
+                let now = queue.message_count() > 0;
+                std::mem::replace(known, now) != now
+            });
+            tokio::time::sleep(LOOK).await;
+        }
+    }))
+}

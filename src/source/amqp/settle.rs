@@ -1,0 +1,116 @@
+//! How a delivery from RabbitMQ is settled: published where it goes next and confirmed there, then
+//! acked.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use lapin::options::{BasicAckOptions, BasicNackOptions};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{Acker, BasicProperties};
+
+use crate::amqp::publisher::{Published, Publisher};
+use crate::amqp::topology::Topology;
+use crate::amqp::{DELIVERY_COUNT, short};
+use crate::job::JOB_TYPE;
+use crate::source::{Settle, Settlement};
+
+/// Counts attempts across retries; never begins with `x-`, which RabbitMQ keeps for itself.
+pub(super) const ATTEMPT: &str = "angler-attempt";
+const ERROR: &str = "angler-error";
+
+/// A message as it came, with the duty to settle it.
+pub(super) struct Message {
+    pub acker: Acker,
+    pub publisher: Arc<Publisher>,
+    pub topology: Topology,
+    /// The queue that it came from.
+    pub queue: String,
+    pub properties: BasicProperties,
+    pub headers: FieldTable,
+    pub body: Vec<u8>,
+    pub attempt: u32,
+}
+
+impl Message {
+    /// The message again, with our headers and without the broker's record of dead-lettering,
+    /// which RabbitMQ before 4.0 would read as a cycle and drop the message.
+    fn copy(&self, own: &[(&str, AMQPValue)]) -> BasicProperties {
+        let stripped = |key: &str| {
+            key == "x-death"
+                || key == DELIVERY_COUNT
+                || key.starts_with("x-first-death-")
+                || key.starts_with("x-last-death-")
+        };
+        let kept: BTreeMap<ShortString, AMQPValue> = self
+            .headers
+            .inner()
+            .iter()
+            .filter(|(key, _)| !stripped(key.as_str()))
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .chain(own.iter().map(|(key, value)| (short(key), value.clone())))
+            .collect();
+        self.properties
+            .clone()
+            .with_headers(FieldTable::from(kept))
+            .with_delivery_mode(2)
+            .with_type(JOB_TYPE.into())
+    }
+
+    async fn republish(&self, queue: &str, own: &[(&str, AMQPValue)]) -> bool {
+        let published = self.publisher.publish(queue, &self.copy(own), &self.body).await;
+        if published == Published::Unroutable {
+            tracing::error!(queue, "the queue does not exist: the job goes back to its own");
+        }
+        published == Published::Confirmed
+    }
+
+    /// To the end of its own queue, as it came. A nack would put it to the front, but the broker
+    /// counts that as a failed delivery, and whoever gets it would take it for a suspect.
+    pub async fn give_back(&self) -> bool {
+        self.republish(&self.queue, &[]).await
+    }
+
+    /// To the queue of suspects.
+    pub async fn set_apart(&self) -> bool {
+        self.republish(&self.topology.suspects_queue(), &[]).await
+    }
+
+    /// Acks it if it is safe elsewhere, else lets it come again.
+    pub async fn end(&self, safe: bool) {
+        let settled = if safe {
+            self.acker.ack(BasicAckOptions::default()).await
+        } else {
+            self.acker.nack(BasicNackOptions { requeue: true, multiple: false }).await
+        };
+        if let Err(error) = settled {
+            tracing::warn!("a delivery could not be settled and comes back: {error}");
+        }
+    }
+}
+
+#[async_trait]
+impl Settle for Message {
+    async fn settle(self: Box<Self>, settlement: Settlement) {
+        let text = |t: &str| AMQPValue::LongString(t.into());
+        let safe = match settlement {
+            Settlement::Ack => true,
+            Settlement::Requeue => self.give_back().await,
+            Settlement::Retry { delay, error } => {
+                let queue = self.topology.retry_queue(delay);
+                let attempt = AMQPValue::LongUInt(self.attempt.saturating_add(1));
+                self.republish(&queue, &[(ATTEMPT, attempt), (ERROR, text(&error))]).await
+                    || self.give_back().await
+            }
+            Settlement::DeadLetter(failure) => {
+                let own = [
+                    ("angler-reason", text(failure.code.as_str())),
+                    ("angler-attempts", AMQPValue::LongUInt(self.attempt)),
+                    (ERROR, text(&failure.message)),
+                ];
+                self.republish(&self.topology.dead, &own).await
+            }
+        };
+        self.end(safe).await;
+    }
+}
