@@ -18,6 +18,7 @@ use crate::embed;
 use crate::engine::Engine;
 use crate::health::Readiness;
 use crate::model::Model;
+use crate::outage::Outage;
 use crate::pipeline::Pipeline;
 use crate::sink::ResultSink;
 use crate::sink::amqp::AmqpSink;
@@ -121,6 +122,17 @@ impl App {
         Ok(Catalog::new(self.class_root().await?, &model.fingerprint, model.dim, options))
     }
 
+    /// Notices when the store is away: for certain if class sets lie there, too.
+    fn outage(&self) -> Outage {
+        let (root, allowed) = (&self.settings.classes.root, &self.settings.s3.allowed_buckets);
+        match S3Uri::parse(root) {
+            Ok(uri) if allowed.is_empty() || allowed.contains(&uri.bucket) => {
+                Outage::probing(format!("{}/probe", root.trim_end_matches('/')))
+            }
+            _ => Outage::default(),
+        }
+    }
+
     /// Asks workers over the control exchange; `command` is part of its connection's name.
     ///
     /// # Errors
@@ -169,7 +181,7 @@ impl App {
         let store = Arc::new(self.s3_images().await);
         let limits = s.image_limits();
         let pipeline = Pipeline::new(store, engine.clone(), model.pixels.clone(), &limits);
-        let pipeline = Arc::new(pipeline.watched_by(Arc::default()));
+        let pipeline = Arc::new(pipeline.watched_by(Arc::new(self.outage())));
         tracing::info!(broker = redacted(&s.amqp.url), worker = name, "connecting");
         let options = s.amqp_options(&name);
         let publisher = Arc::new(Publisher::new(options.clone(), s.topology()));

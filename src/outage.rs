@@ -2,8 +2,9 @@
 //! jobs instead of spending their attempts, and notices when it is back.
 //!
 //! One failing bucket, or one host name that does not exist, is no outage: an object that was
-//! fetched before is tried first. Only if that fails as well, or if nothing was ever fetched, is
-//! the store taken to be away. From then on it is probed with a growing pause.
+//! fetched before is tried first. Only if that fails as well is the store certain to be away. While
+//! nothing was ever fetched it is only likely: then a job is let through now and then, and its
+//! attempts count. The store is probed with a growing pause.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -48,6 +49,14 @@ impl Default for Outage {
 }
 
 impl Outage {
+    /// With an object to probe with until one has been fetched; it need not exist, since "no such
+    /// key" is an answer.
+    pub fn probing(uri: String) -> Self {
+        let outage = Self::default();
+        outage.known().good = Some(uri);
+        outage
+    }
+
     /// Takes note of how a fetch ended. Every answer counts as one, "no such key" too.
     pub fn note(&self, uri: &str, error: Option<&ImageError>) {
         if error.is_some_and(|e| e.code == ImageErrorCode::StorageUnavailable) {
@@ -56,6 +65,10 @@ impl Outage {
                 self.suspicion.notify_one();
             }
             return;
+        }
+        use ImageErrorCode::{BadUri, BucketNotAllowed};
+        if error.is_some_and(|e| matches!(e.code, BadUri | BucketNotAllowed)) {
+            return; // The store was not asked.
         }
         self.failures.store(0, Ordering::Relaxed);
         if error.is_none() {
@@ -69,6 +82,11 @@ impl Outage {
     /// Whether the store is away.
     pub fn is_on(&self) -> bool {
         *self.away.borrow()
+    }
+
+    /// Whether the store is away for everything, so that no attempt at an image means anything.
+    pub fn is_certain(&self) -> bool {
+        self.is_on() && self.known().good.is_some()
     }
 
     /// Returns once the store is away.

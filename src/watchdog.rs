@@ -66,7 +66,7 @@ pub async fn watch(steps: Vec<Arc<Step>>, patience: Duration, say: impl Fn(Optio
     loop {
         sleep(patience / 10).await;
         let stuck: Vec<String> = steps.iter().filter_map(|step| step.stuck(patience)).collect();
-        if stuck.is_empty() == !stuck_before {
+        if stuck.is_empty() != stuck_before {
             continue;
         }
         stuck_before = !stuck.is_empty();

@@ -79,7 +79,7 @@ const SUSPECT_IMAGES: usize = 4;
 /// What the worker does next.
 enum Next {
     /// A job, or none if there will be no more.
-    Job(Option<Delivery>),
+    Job(Option<Box<Delivery>>),
     /// Suspects wait, and it is their turn.
     Suspects,
     /// The store is away.
@@ -137,7 +137,7 @@ impl Worker {
             let Some(next) = core.meanwhile(next, stop, jobs).await? else { return Ok(()) };
             match next? {
                 Next::Job(None) => return Ok(()),
-                Next::Job(Some(delivery)) => core.start(delivery, slot, stop, jobs).await,
+                Next::Job(Some(delivery)) => core.start(*delivery, slot, stop, jobs).await,
                 Next::Outage => {
                     self.source.pause("the store does not answer").await;
                     let over = core.store_is_back();
@@ -167,7 +167,7 @@ impl Worker {
             biased;
             () = self.core.store_is_away() => Ok(Next::Outage),
             () = suspects.turn() => Ok(Next::Suspects),
-            delivery = self.source.receive() => Ok(Next::Job(delivery?)),
+            delivery = self.source.receive() => Ok(Next::Job(delivery?.map(Box::new))),
         }
     }
 }
@@ -482,7 +482,7 @@ impl Core {
             }
             // The attempt was none: it could not have ended otherwise.
             Err(JobError::Transient(error))
-                if self.pipeline.outage().is_some_and(Outage::is_on) =>
+                if self.pipeline.outage().is_some_and(Outage::is_certain) =>
             {
                 return Err((Settlement::Requeue, error));
             }

@@ -74,8 +74,8 @@ impl S3Uri {
 
 /// A client that reconnects, retries and times out on its own.
 ///
-/// Throttling and 5xx answers are tried again with backoff, three times in all, before an error
-/// reaches the caller.
+/// Throttling and 5xx answers are tried again with a short backoff, three times in all, before an
+/// error reaches the caller, which knows how long there is to wait.
 pub async fn client(options: &S3Options) -> Client {
     let chain = RegionProviderChain::first_try(options.region.clone().map(Region::new));
     // Another server than AWS's has no instance metadata to ask, and asking takes seconds.
@@ -89,10 +89,13 @@ pub async fn client(options: &S3Options) -> Client {
         .read_timeout(Duration::from_secs(20))
         .operation_timeout(Duration::from_secs(60))
         .build();
+    let retries = RetryConfig::standard()
+        .with_max_attempts(3)
+        .with_initial_backoff(Duration::from_millis(200));
     let shared = aws_config::defaults(BehaviorVersion::v2026_01_12())
         .region(chain)
         .timeout_config(timeouts)
-        .retry_config(RetryConfig::standard().with_max_attempts(3))
+        .retry_config(retries)
         .load()
         .await;
     let mut config =

@@ -24,7 +24,9 @@ async fn a_suspect_runs_alone_and_a_few_images_at_a_time() {
     let _clock = Frozen::clock();
     let queue = MemoryQueue::with_suspects();
     die_with(&queue, [job("suspect", 10)]).await;
-    let mut run = Rig { queue, ..Rig::default() }.start();
+    let mut rig = Rig::default();
+    rig.queue = queue;
+    let mut run = rig.start();
     run.store.gate.shut();
     for id in ["a", "b", "c"] {
         run.job(id, &["0,9,0"; 3]);
@@ -45,7 +47,9 @@ async fn a_suspect_runs_alone_and_a_few_images_at_a_time() {
 async fn a_suspect_is_not_taken_while_other_jobs_are_in_flight() {
     let _clock = Frozen::clock();
     let queue = MemoryQueue::with_suspects();
-    let mut run = Rig { queue: queue.clone(), ..Rig::default() }.start();
+    let mut rig = Rig::default();
+    rig.queue = queue.clone();
+    let mut run = rig.start();
     run.store.gate.shut();
     for id in ["a", "b"] {
         run.job(id, &["0,9,0"]);
@@ -78,7 +82,9 @@ async fn a_stop_while_a_suspect_waits_for_its_turn_or_works_loses_nothing() {
     for working in [false, true] {
         let _clock = Frozen::clock();
         let queue = MemoryQueue::with_suspects();
-        let mut run = Rig { queue: queue.clone(), ..Rig::default() }.start();
+        let mut rig = Rig::default();
+        rig.queue = queue.clone();
+        let mut run = rig.start();
         run.store.gate.shut();
         if !working {
             run.job("a", &["0,9,0"]);

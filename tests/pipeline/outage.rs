@@ -14,7 +14,8 @@ use super::rig::*;
 async fn while_the_store_is_away_no_jobs_are_taken_and_then_all_are_done() {
     let _clock = ticking();
     let outage = Arc::new(Outage::default());
-    let mut rig = Rig { outage: Some(Arc::clone(&outage)), ..Rig::default() };
+    let mut rig = Rig::default();
+    rig.outage = Some(Arc::clone(&outage));
     rig.options.jobs_in_flight = 4;
     let mut run = rig.start();
     run.job("before", &["9,0,0"]);

@@ -263,7 +263,7 @@ pub struct Rig {
     pub queue: MemoryQueue,
     /// Whether an outage of the store is noticed.
     pub outage: Option<Arc<Outage>>,
-    pub held: Option<Receiver<()>>,
+    held: Option<Receiver<()>>,
 }
 
 impl Default for Rig {
