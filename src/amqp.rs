@@ -98,6 +98,11 @@ impl Backoff {
         self.failures = 0;
     }
 
+    /// Whether there was no failure yet.
+    pub(crate) fn is_new(&self) -> bool {
+        self.failures == 0
+    }
+
     /// How long to wait after one more failure.
     pub(crate) fn next(&mut self) -> Duration {
         let base = 0.2 * f64::from(1_u32 << self.failures.min(7));

@@ -79,12 +79,14 @@ impl Publisher {
             match self.send(&channel, queue, properties, body).await {
                 Ok(published) => return published,
                 Err(reason) => {
+                    let first = backoff.is_new();
                     let pause = backoff.next();
-                    tracing::warn!(
-                        queue,
-                        pause_seconds = pause.as_secs_f64(),
-                        "a message was not confirmed and is sent again: {reason}"
-                    );
+                    // Once a message: it may be refused for hours.
+                    if first {
+                        tracing::warn!(queue, "not confirmed, sent until it is: {reason}");
+                    } else {
+                        tracing::debug!(queue, ?pause, "not confirmed again: {reason}");
+                    }
                     // A channel that nacked or stayed silent may do so for ever: after a change of
                     // leader on 3.10 it does.
                     self.give_up(number).await;

@@ -8,6 +8,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // In tests a panic is the report.
 
 pub mod browser;
+pub mod proxy;
+pub mod servers;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -80,17 +82,45 @@ pub async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>
 pub struct Broker {
     pub vhost: String,
     pub url: String,
+    management: String,
 }
 
 impl Broker {
     pub async fn new() -> Self {
+        Self::at(&var("ANGLER_TEST_AMQP_URL"), &var("ANGLER_TEST_AMQP_MANAGEMENT"))
+    }
+
+    /// Of a broker of the test's own.
+    pub fn of(server: &servers::Server) -> Self {
+        Self::at(&server.var("ANGLER_TEST_AMQP_URL"), &server.var("ANGLER_TEST_AMQP_MANAGEMENT"))
+    }
+
+    fn at(url: &str, management: &str) -> Self {
         let vhost = unique("angler");
-        management("PUT", &format!("vhosts/{vhost}"), None);
+        let (server, _) = url.rsplit_once('/').unwrap();
+        let broker =
+            Self { url: format!("{server}/{vhost}"), vhost, management: management.to_owned() };
+        broker.manage("PUT", &format!("vhosts/{}", broker.vhost), None);
         let permissions = r#"{"configure":".*","write":".*","read":".*"}"#;
-        management("PUT", &format!("permissions/{vhost}/guest"), Some(permissions));
-        let base = var("ANGLER_TEST_AMQP_URL");
-        let (server, _) = base.rsplit_once('/').unwrap();
-        Self { url: format!("{server}/{vhost}"), vhost }
+        let guest = format!("permissions/{}/guest", broker.vhost);
+        broker.manage("PUT", &guest, Some(permissions));
+        broker
+    }
+
+    /// One call of the management API; yields the answer's JSON, or null.
+    pub fn manage(&self, method: &str, path: &str, body: Option<&str>) -> Value {
+        call(&self.management, method, path, body).unwrap()
+    }
+
+    /// `host:port` of its AMQP listener.
+    pub fn address(&self) -> String {
+        let (_, rest) = self.url.rsplit_once('@').unwrap();
+        rest.split('/').next().unwrap().to_owned()
+    }
+
+    /// The URL through a proxy, with a heartbeat of so many seconds.
+    pub fn url_through(&self, address: &str, heartbeat: u32) -> String {
+        format!("{}?heartbeat={heartbeat}", self.url.replace(&self.address(), address))
     }
 
     pub async fn connect(&self) -> Client {
@@ -99,18 +129,18 @@ impl Broker {
 
     /// Ready and unacked messages of a queue, as the management API counts them.
     pub fn depth(&self, queue: &str) -> Option<u64> {
-        let answer = management("GET", &format!("queues/{}/{queue}", self.vhost), None);
+        let answer = self.manage("GET", &format!("queues/{}/{queue}", self.vhost), None);
         answer.get("messages").and_then(Value::as_u64)
     }
 
     /// What the management API says of a queue.
     pub fn queue(&self, queue: &str) -> Value {
-        management("GET", &format!("queues/{}/{queue}", self.vhost), None)
+        self.manage("GET", &format!("queues/{}/{queue}", self.vhost), None)
     }
 
     /// The names of this virtual host's connections.
     pub fn connections(&self) -> Vec<(String, String)> {
-        let all = management("GET", &format!("vhosts/{}/connections", self.vhost), None);
+        let all = self.manage("GET", &format!("vhosts/{}/connections", self.vhost), None);
         let name = |c: &Value| {
             let own = c["user_provided_name"].as_str().unwrap_or_default();
             (c["name"].as_str().unwrap_or_default().to_owned(), own.to_owned())
@@ -121,19 +151,24 @@ impl Broker {
     /// Makes the broker drop a connection.
     pub fn cut(&self, connection: &str) {
         let name = connection.replace(' ', "%20").replace(':', "%3A").replace('>', "%3E");
-        management("DELETE", &format!("connections/{name}"), None);
+        self.manage("DELETE", &format!("connections/{name}"), None);
     }
 }
 
 impl Drop for Broker {
     fn drop(&mut self) {
-        management("DELETE", &format!("vhosts/{}", self.vhost), None);
+        // A broker of the test's own may be down by now.
+        let _ = call(&self.management, "DELETE", &format!("vhosts/{}", self.vhost), None);
     }
 }
 
 /// One call of the management API; yields the answer's JSON, or null.
 pub fn management(method: &str, path: &str, body: Option<&str>) -> Value {
-    let url = format!("{}/api/{path}", var("ANGLER_TEST_AMQP_MANAGEMENT"));
+    call(&var("ANGLER_TEST_AMQP_MANAGEMENT"), method, path, body).unwrap()
+}
+
+fn call(base: &str, method: &str, path: &str, body: Option<&str>) -> Result<Value, ureq::Error> {
+    let url = format!("{base}/api/{path}");
     let request = ureq::http::Request::builder()
         .method(method)
         .uri(url)
@@ -147,9 +182,9 @@ pub fn management(method: &str, path: &str, body: Option<&str>) -> Value {
         .allow_non_standard_methods(true)
         .build()
         .into();
-    let mut answer = agent.run(request).unwrap();
+    let mut answer = agent.run(request)?;
     let text = answer.body_mut().read_to_string().unwrap_or_default();
-    serde_json::from_str(&text).unwrap_or_default()
+    Ok(serde_json::from_str(&text).unwrap_or_default())
 }
 
 /// Status and body of a GET.
@@ -328,7 +363,13 @@ impl Bucket {
     }
 
     pub async fn named(name: &str) -> Self {
-        let client = s3_client(&var("ANGLER_TEST_S3_KEY"), &var("ANGLER_TEST_S3_SECRET"));
+        Self::at(&var("ANGLER_TEST_S3_ENDPOINT"), name).await
+    }
+
+    /// In a store at another address.
+    pub async fn at(endpoint: &str, name: &str) -> Self {
+        let (key, secret) = (var("ANGLER_TEST_S3_KEY"), var("ANGLER_TEST_S3_SECRET"));
+        let client = s3_client_at(endpoint, &key, &secret);
         // `public` is shared by tests: another one may have made it.
         let _ = client.create_bucket().bucket(name).send().await;
         Self { name: name.to_owned(), client }

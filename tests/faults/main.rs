@@ -1,0 +1,14 @@
+//! One fault at a time, against real workers, a real broker and a real store: what happens then, in
+//! each test's name. `tests/soak` mixes them.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // In tests a panic is the report.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod broker;
+mod ledger;
+mod queues;
+mod store;
+mod workers;
+mod world;

@@ -1,0 +1,90 @@
+//! What each test has: a broker and a store, perhaps behind proxies; three small images; a model
+//! that costs nothing.
+
+use std::io::Cursor;
+
+use angler::classes::load::version_key;
+use angler::classes::{Contents, file};
+use angler::model::Model;
+use ndarray::array;
+use serde_json::{Value, json};
+
+use crate::support::{Broker, Bucket, Client, Setup, Worker, eventually, http_get, var};
+
+/// Its embedding of an image is the image's mean colour.
+const MODEL: &str = "tests/data/models/tiny-mean";
+
+pub struct World {
+    pub broker: Broker,
+    pub setup: Setup,
+    /// A red, a green and a blue one.
+    pub images: Vec<String>,
+    _root: tempfile::TempDir,
+}
+
+impl World {
+    /// On the servers that all tests share.
+    pub async fn new() -> Self {
+        Self::of(Broker::new().await, &var("ANGLER_TEST_S3_ENDPOINT")).await
+    }
+
+    /// On this broker, and the store at this address.
+    pub async fn of(broker: Broker, store: &str) -> Self {
+        let bucket = Bucket::at(store, &crate::support::unique("b")).await;
+        let root = tempfile::tempdir().unwrap();
+        let labels = ["red", "green", "blue"].map(str::to_owned).to_vec();
+        let vectors = array![[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]];
+        let contents = Contents::new(labels, vectors, &Model::load(MODEL).unwrap().fingerprint);
+        let path = root.path().join(version_key("colours", "1"));
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, file::write(&contents, ("colours", "1")).unwrap()).unwrap();
+        let mut setup = Setup::worker(&broker, root.path().to_str().unwrap());
+        setup.set("model.path", MODEL).set("embedder.backend", "tract");
+        setup.set("s3.endpoint", store).set("retry.delays_seconds", "0.5");
+        setup.set("classes.preload", "colours@1");
+        let mut images = Vec::new();
+        for (name, colour) in [("red", [200, 9, 9]), ("green", [9, 200, 9]), ("blue", [9, 9, 200])]
+        {
+            images.push(bucket.put(&format!("{name}.png"), png(colour)).await);
+        }
+        Self { broker, setup, images, _root: root }
+    }
+
+    /// Publishes jobs with all three images each; yields their ids.
+    pub async fn jobs(&self, client: &Client, prefix: &str, count: usize) -> Vec<String> {
+        let mut ids = Vec::new();
+        for number in 0..count {
+            let id = format!("{prefix}/{number}");
+            client.job(&self.job(&id)).await;
+            ids.push(id);
+        }
+        ids
+    }
+
+    pub fn job(&self, id: &str) -> Value {
+        json!({"id": id, "images": self.images, "classes": "colours@1"})
+    }
+}
+
+/// An image with some noise, of some kilobytes, so that it comes in more than one piece.
+fn png([r, g, b]: [u8; 3]) -> Vec<u8> {
+    let mut random = fastrand::Rng::with_seed(7);
+    let image = image::RgbImage::from_fn(100, 100, |_, _| {
+        let noise = random.u8(0..40);
+        image::Rgb([r.saturating_add(noise), g.saturating_add(noise), b.saturating_add(noise)])
+    });
+    let mut bytes = Cursor::new(Vec::new());
+    image.write_to(&mut bytes, image::ImageFormat::Png).unwrap();
+    bytes.into_inner()
+}
+
+/// Waits until the worker says that it is not ready, and why.
+pub async fn unready(worker: &Worker, reason: &str) {
+    eventually(&format!("not ready: {reason}"), async || {
+        let (status, text) = http_get(&format!("{}/readyz", worker.http))?;
+        (status == 503 && text.contains(reason)).then_some(())
+    })
+    .await;
+    // Nothing is wrong with the process.
+    assert_eq!(http_get(&format!("{}/livez", worker.http)).unwrap().0, 200);
+}

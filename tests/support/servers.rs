@@ -1,0 +1,94 @@
+//! A broker or a store of a test's own, to be killed, stopped and brought back.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use super::{repository, unique};
+
+/// A server that runs until it is dropped.
+pub struct Server {
+    script: PathBuf,
+    dir: PathBuf,
+}
+
+impl Server {
+    /// A RabbitMQ with these lines in its rabbitmq.conf.
+    pub fn rabbitmq(extra: &str) -> Self {
+        let server = Self::new("rabbitmq.sh");
+        std::fs::write(server.dir.join("extra.conf"), extra).unwrap();
+        server.start();
+        server
+    }
+
+    /// A SeaweedFS.
+    pub fn seaweedfs() -> Self {
+        let server = Self::new("seaweedfs.sh");
+        server.start();
+        server
+    }
+
+    fn new(script: &str) -> Self {
+        let script = repository("tests/services").join(script);
+        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(unique("server"));
+        std::fs::create_dir_all(&dir).unwrap();
+        // A test that is killed drops nothing: then this ends the server.
+        let reaper = "trap '' INT TERM HUP; while kill -0 $0 2>/dev/null; do sleep 0.5; done; \
+                      \"$1\" stop \"$2\"; rm -rf \"$2\"";
+        let mut command = Command::new("setsid");
+        command.args(["bash", "-c", reaper, &std::process::id().to_string()]);
+        let silent = command.arg(&script).arg(&dir).stdin(Stdio::null()).stdout(Stdio::null());
+        drop(silent.stderr(Stdio::null()).spawn().unwrap());
+        Self { script, dir }
+    }
+
+    fn run(&self, arguments: &[&str]) -> String {
+        let (command, rest) = arguments.split_first().unwrap();
+        // To a file: what it starts keeps a pipe open for ever.
+        let path = self.dir.join("output");
+        let output = std::fs::File::create(&path).unwrap();
+        let mut run = Command::new(&self.script);
+        run.arg(command).arg(&self.dir).args(rest).stdin(Stdio::null());
+        let status = run.stdout(output.try_clone().unwrap()).stderr(output).status().unwrap();
+        let said = std::fs::read_to_string(path).unwrap();
+        assert!(status.success(), "{arguments:?}: {status}\n{said}");
+        said
+    }
+
+    /// Starts it, anew after a kill with the same data and ports, and waits until it serves.
+    pub fn start(&self) {
+        self.run(&["start"]);
+        self.run(&["wait"]);
+    }
+
+    /// SIGKILL.
+    pub fn kill(&self) {
+        self.run(&["kill"]);
+    }
+
+    /// SIGSTOP or SIGCONT.
+    pub fn signal(&self, name: &str) {
+        let pid = std::fs::read_to_string(self.dir.join("pid")).unwrap();
+        let sent = Command::new("kill").arg(format!("-{name}")).arg(pid.trim()).status().unwrap();
+        assert!(sent.success());
+    }
+
+    /// `rabbitmqctl`.
+    pub fn ctl(&self, arguments: &[&str]) -> String {
+        self.run(&[&["ctl"], arguments].concat())
+    }
+
+    /// A variable as `tests/services.sh env` would set it for this server.
+    pub fn var(&self, name: &str) -> String {
+        let lines = self.run(&["env"]);
+        let words = lines.split_whitespace();
+        let value = words.filter_map(|word| word.strip_prefix(name)?.strip_prefix('=')).next();
+        value.unwrap_or_else(|| panic!("no {name} in:\n{lines}")).to_owned()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = Command::new(&self.script).arg("stop").arg(&self.dir).status();
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
