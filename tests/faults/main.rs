@@ -8,6 +8,7 @@ mod support;
 
 mod broker;
 mod ledger;
+mod proxy;
 mod queues;
 mod store;
 mod workers;
