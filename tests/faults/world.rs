@@ -1,18 +1,10 @@
 //! What each test has: a broker and a store, perhaps behind proxies; three small images; a model
 //! that costs nothing.
 
-use std::io::Cursor;
-
 use angler::classes::load::version_key;
-use angler::classes::{Contents, file};
-use angler::model::Model;
-use ndarray::array;
 use serde_json::{Value, json};
 
-use crate::support::{Broker, Bucket, Client, Setup, Worker, eventually, http_get, var};
-
-/// Its embedding of an image is the image's mean colour.
-const MODEL: &str = "tests/data/models/tiny-mean";
+use crate::support::{Broker, Bucket, Client, Setup, Worker, eventually, http_get, tiny, var};
 
 pub struct World {
     pub broker: Broker,
@@ -32,21 +24,14 @@ impl World {
     pub async fn of(broker: Broker, store: &str) -> Self {
         let bucket = Bucket::at(store, &crate::support::unique("b")).await;
         let root = tempfile::tempdir().unwrap();
-        let labels = ["red", "green", "blue"].map(str::to_owned).to_vec();
-        let vectors = array![[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]];
-        let contents = Contents::new(labels, vectors, &Model::load(MODEL).unwrap().fingerprint);
         let path = root.path().join(version_key("colours", "1"));
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, file::write(&contents, ("colours", "1")).unwrap()).unwrap();
+        std::fs::write(path, tiny::version("colours", "1")).unwrap();
         let mut setup = Setup::worker(&broker, root.path().to_str().unwrap());
-        setup.set("model.path", MODEL).set("embedder.backend", "tract");
+        setup.set("model.path", tiny::MODEL).set("embedder.backend", "tract");
         setup.set("s3.endpoint", store).set("retry.delays_seconds", "0.5");
         setup.set("classes.preload", "colours@1");
-        let mut images = Vec::new();
-        for (name, colour) in [("red", [200, 9, 9]), ("green", [9, 200, 9]), ("blue", [9, 9, 200])]
-        {
-            images.push(bucket.put(&format!("{name}.png"), png(colour)).await);
-        }
+        let images = tiny::images(&bucket).await;
         Self { broker, setup, images, _root: root }
     }
 
@@ -64,18 +49,6 @@ impl World {
     pub fn job(&self, id: &str) -> Value {
         json!({"id": id, "images": self.images, "classes": "colours@1"})
     }
-}
-
-/// An image with some noise, of some kilobytes, so that it comes in more than one piece.
-fn png([r, g, b]: [u8; 3]) -> Vec<u8> {
-    let mut random = fastrand::Rng::with_seed(7);
-    let image = image::RgbImage::from_fn(100, 100, |_, _| {
-        let noise = random.u8(0..40);
-        image::Rgb([r.saturating_add(noise), g.saturating_add(noise), b.saturating_add(noise)])
-    });
-    let mut bytes = Cursor::new(Vec::new());
-    image.write_to(&mut bytes, image::ImageFormat::Png).unwrap();
-    bytes.into_inner()
 }
 
 /// Waits until the worker says that it is not ready, and why.

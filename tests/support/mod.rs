@@ -10,6 +10,7 @@
 pub mod browser;
 pub mod proxy;
 pub mod servers;
+pub mod tiny;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -495,6 +496,11 @@ pub struct Worker {
 impl Worker {
     pub fn log(&self) -> String {
         self.log.lock().unwrap().join("\n")
+    }
+
+    /// How it ended, if it has.
+    pub fn has_ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
     }
 
     /// Its process.
