@@ -97,7 +97,8 @@ impl Reader {
             self.header.extend_from_slice(head);
             self.seen += head.len() as u64;
             chunk = rest;
-            if self.header.len() > 8 && self.seen == self.header_size()? {
+            // A header may have no bytes: then it is read, and refused, as soon as its length is there.
+            if self.header.len() >= 8 && self.seen == self.header_size()? {
                 let header = std::mem::take(&mut self.header);
                 self.read_header(&header[8..])?;
             }
