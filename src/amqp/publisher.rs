@@ -12,7 +12,7 @@ use futures_util::StreamExt;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, Event};
 use tokio::sync::{Mutex, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::topology::Topology;
@@ -20,6 +20,10 @@ use super::{AmqpError, AmqpOptions, Backoff, close, connect, short};
 
 /// How long a confirm may take before the channel is given up and the message sent again.
 const CONFIRM: Duration = Duration::from_secs(30);
+
+/// For so long after a connection was opened, a queue that is missing is only missing yet: a broker
+/// that comes back takes publishers before it has found all its queues.
+const SETTLING: Duration = Duration::from_secs(5);
 
 /// What became of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +53,7 @@ struct State {
 struct Live {
     connection: Connection,
     channel: Channel,
+    since: Instant,
     _watch: AbortOnDropHandle<()>,
 }
 
@@ -73,10 +78,34 @@ impl Publisher {
         properties: &BasicProperties,
         body: &[u8],
     ) -> Published {
+        self.publish_until(queue, properties, body, false).await
+    }
+
+    /// Publishes to a queue of the topology, and returns once it has the message: one that was
+    /// deleted is declared anew.
+    pub async fn publish_to_own(&self, queue: &str, properties: &BasicProperties, body: &[u8]) {
+        self.publish_until(queue, properties, body, true).await;
+    }
+
+    async fn publish_until(
+        &self,
+        queue: &str,
+        properties: &BasicProperties,
+        body: &[u8],
+        own: bool,
+    ) -> Published {
         let mut backoff = Backoff::default();
         loop {
-            let (channel, number) = self.channel().await;
-            match self.send(&channel, queue, properties, body).await {
+            let (channel, number, since) = self.channel().await;
+            let sent = match self.send(&channel, queue, properties, body).await {
+                Ok(Published::Unroutable) if since.elapsed() < SETTLING => {
+                    tokio::time::sleep(backoff.next()).await;
+                    continue;
+                }
+                Ok(Published::Unroutable) if own => Err("there is no such queue".to_owned()),
+                sent => sent,
+            };
+            match sent {
                 Ok(published) => return published,
                 Err(reason) => {
                     let first = backoff.is_new();
@@ -96,10 +125,10 @@ impl Publisher {
         }
     }
 
-    async fn channel(&self) -> (Channel, u64) {
+    async fn channel(&self) -> (Channel, u64, Instant) {
         let mut state = self.state.lock().await;
         if let Some(live) = state.live.as_ref().filter(|l| l.channel.status().connected()) {
-            return (live.channel.clone(), state.opened);
+            return (live.channel.clone(), state.opened, live.since);
         }
         // What is left of the old connection goes first.
         state.shut().await;
@@ -107,10 +136,11 @@ impl Publisher {
         loop {
             match self.open().await {
                 Ok((connection, channel)) => {
-                    let watch = self.watch(&connection);
-                    state.live = Some(Live { connection, channel: channel.clone(), _watch: watch });
+                    let (watch, since) = (self.watch(&connection), Instant::now());
+                    let live = Live { connection, channel: channel.clone(), since, _watch: watch };
+                    state.live = Some(live);
                     state.opened += 1;
-                    return (channel, state.opened);
+                    return (channel, state.opened, since);
                 }
                 Err(error) => {
                     let pause = backoff.next();

@@ -46,9 +46,6 @@ const SUSPECT_RUNS: i64 = 3;
 /// comes back with the end of the connection.
 const GIVE_BACK: Duration = Duration::from_secs(5);
 
-/// A message that is moved although its queue does not exist waits so long before it goes back.
-const NO_QUEUE: Duration = Duration::from_secs(5);
-
 /// Consumes the jobs queue.
 pub struct AmqpSource {
     options: AmqpOptions,
@@ -238,14 +235,7 @@ impl AmqpSource {
             "delivered again: a worker ended while it held this job, which now runs apart"
         );
         self.moving.spawn(async move {
-            let apart = async {
-                let safe = message.set_apart().await;
-                if !safe {
-                    tokio::time::sleep(NO_QUEUE).await;
-                }
-                message.end(safe).await;
-            };
-            lost.run_until_cancelled(apart).await;
+            lost.run_until_cancelled(message.set_apart()).await;
         });
     }
 
@@ -271,10 +261,8 @@ impl AmqpSource {
                 prefetched.push(message);
             }
         }
-        let give_back = stream::iter(prefetched).for_each_concurrent(None, async |message| {
-            let safe = message.give_back().await;
-            message.end(safe).await;
-        });
+        let give_back = stream::iter(prefetched)
+            .for_each_concurrent(None, async |message| message.give_back().await);
         let _ = timeout(GIVE_BACK, give_back).await;
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use lapin::options::{BasicAckOptions, BasicNackOptions};
+use lapin::options::BasicAckOptions;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Acker, BasicProperties};
 
@@ -57,33 +57,27 @@ impl Message {
             .with_type(JOB_TYPE.into())
     }
 
-    async fn republish(&self, queue: &str, own: &[(&str, AMQPValue)]) -> bool {
-        let published = self.publisher.publish(queue, &self.copy(own), &self.body).await;
-        if published == Published::Unroutable {
-            tracing::error!(queue, "the queue does not exist: the job goes back to its own");
-        }
-        published == Published::Confirmed
+    /// To a queue of the topology, with these headers of ours.
+    async fn republish(&self, queue: &str, own: &[(&str, AMQPValue)]) {
+        self.publisher.publish_to_own(queue, &self.copy(own), &self.body).await;
     }
 
     /// To the end of its own queue, as it came. A nack would put it to the front, but the broker
     /// counts that as a failed delivery, and whoever gets it would take it for a suspect.
-    pub async fn give_back(&self) -> bool {
-        self.republish(&self.queue, &[]).await
+    pub async fn give_back(&self) {
+        self.republish(&self.queue, &[]).await;
+        self.ack().await;
     }
 
     /// To the queue of suspects.
-    pub async fn set_apart(&self) -> bool {
-        self.republish(&self.topology.suspects_queue(), &[]).await
+    pub async fn set_apart(&self) {
+        self.republish(&self.topology.suspects_queue(), &[]).await;
+        self.ack().await;
     }
 
-    /// Acks it if it is safe elsewhere, else lets it come again.
-    pub async fn end(&self, safe: bool) {
-        let settled = if safe {
-            self.acker.ack(BasicAckOptions::default()).await
-        } else {
-            self.acker.nack(BasicNackOptions { requeue: true, multiple: false }).await
-        };
-        if let Err(error) = settled {
+    /// Only once it is safe elsewhere.
+    async fn ack(&self) {
+        if let Err(error) = self.acker.ack(BasicAckOptions::default()).await {
             tracing::warn!("a delivery could not be settled and comes back: {error}");
         }
     }
@@ -93,14 +87,22 @@ impl Message {
 impl Settle for Message {
     async fn settle(self: Box<Self>, settlement: Settlement) {
         let text = |t: &str| AMQPValue::LongString(t.into());
-        let safe = match settlement {
-            Settlement::Ack => true,
-            Settlement::Requeue => self.give_back().await,
+        match settlement {
+            Settlement::Ack => {}
+            Settlement::Requeue => return self.give_back().await,
             Settlement::Retry { delay, error } => {
                 let queue = self.topology.retry_queue(delay);
                 let attempt = AMQPValue::LongUInt(self.attempt.saturating_add(1));
-                self.republish(&queue, &[(ATTEMPT, attempt), (ERROR, text(&error))]).await
-                    || self.give_back().await
+                let own = [(ATTEMPT, attempt), (ERROR, text(&error))];
+                let copy = self.copy(&own);
+                let published = self.publisher.publish(&queue, &copy, &self.body).await;
+                if published == Published::Unroutable {
+                    tracing::error!(
+                        queue,
+                        "the queue does not exist: the job goes back to its own"
+                    );
+                    return self.give_back().await;
+                }
             }
             Settlement::DeadLetter(failure) => {
                 let own = [
@@ -108,9 +110,9 @@ impl Settle for Message {
                     ("angler-attempts", AMQPValue::LongUInt(self.attempt)),
                     (ERROR, text(&failure.message)),
                 ];
-                self.republish(&self.topology.dead, &own).await
+                self.republish(&self.topology.dead, &own).await;
             }
-        };
-        self.end(safe).await;
+        }
+        self.ack().await;
     }
 }
