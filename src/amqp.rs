@@ -5,6 +5,7 @@
 //! broker that blocks publishers (memory or disk alarm) does not stop acks.
 
 pub mod control;
+pub mod dead;
 pub mod publisher;
 pub mod topology;
 

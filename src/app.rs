@@ -10,6 +10,7 @@ use tokio::sync::OnceCell;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::amqp::control::{ControlClient, ControlListener};
+use crate::amqp::dead::{DeadError, DeadLetters};
 use crate::amqp::publisher::Publisher;
 use crate::classes::catalog::Catalog;
 use crate::classes::shadow::Shadow;
@@ -127,6 +128,21 @@ impl App {
     pub async fn control_client(&self, command: &str) -> Result<ControlClient> {
         let s = &self.settings;
         Ok(ControlClient::connect(&s.amqp_options(command), &s.topology()).await?)
+    }
+
+    /// A pass over the dead letters; `command` is part of its connection's name.
+    ///
+    /// # Errors
+    /// [`DeadError`].
+    pub async fn dead_letters(&self, command: &str) -> Result<DeadLetters, DeadError> {
+        let s = &self.settings;
+        DeadLetters::open(&s.amqp_options(command), &s.amqp.dead_queue).await
+    }
+
+    /// Publishes jobs for a command; connects when it is first needed.
+    pub fn job_publisher(&self, command: &str) -> Publisher {
+        let s = &self.settings;
+        Publisher::new(s.amqp_options(command), s.topology())
     }
 
     /// What a worker is told; `jobs_in_flight` bounds admitted jobs.

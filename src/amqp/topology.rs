@@ -18,6 +18,13 @@ use super::{put, short};
 /// would kill workers for ever.
 const DELIVERY_LIMIT: i64 = 10;
 
+/// The same for the queues that keep messages: never.
+///
+/// From 4.0 on a quorum queue without a limit has one of 20 and drops what reaches it. Whoever looks
+/// at a message and gives it back is counted, so listing the dead letters 20 times would delete
+/// them. Written out, because -1, which is 4.0's word for "none", is refused by 3.10.
+const NEVER: i64 = 1_000_000_000;
+
 /// The names in `[amqp]`, and the delays that need a retry queue.
 #[derive(Debug, Clone)]
 pub struct Topology {
@@ -108,9 +115,11 @@ impl Topology {
 }
 
 /// Replicated, durable, and settled by a majority: the only kind that survives the loss of a node.
+/// It keeps what is looked at and given back.
 fn quorum() -> FieldTable {
     let mut arguments = FieldTable::default();
     put(&mut arguments, "x-queue-type", "quorum");
+    arguments.insert(short("x-delivery-limit"), AMQPValue::LongLongInt(NEVER));
     arguments
 }
 
