@@ -22,7 +22,8 @@ const DELIVERY_LIMIT: i64 = 10;
 ///
 /// From 4.0 on a quorum queue without a limit has one of 20 and drops what reaches it. Whoever looks
 /// at a message and gives it back is counted, so listing the dead letters 20 times would delete
-/// them. Written out, because -1, which is 4.0's word for "none", is refused by 3.10.
+/// them. Written out, because -1, which is how 4.0 says "none", makes 3.10 drop a message when it
+/// comes back for the first time.
 const NEVER: i64 = 1_000_000_000;
 
 /// The names in `[amqp]`, and the delays that need a retry queue.
