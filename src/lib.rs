@@ -36,4 +36,5 @@ pub mod sink;
 pub mod source;
 pub mod store;
 pub mod telemetry;
+pub mod tls;
 pub mod worker;

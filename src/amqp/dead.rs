@@ -46,7 +46,7 @@ const PUBLISH: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum DeadError {
     /// The broker cannot be reached, or said no.
-    #[error("{0}")]
+    #[error(transparent)]
     Amqp(#[from] AmqpError),
     /// Nothing has declared the queue.
     #[error(

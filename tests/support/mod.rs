@@ -133,7 +133,12 @@ impl Drop for Broker {
 
 /// One call of the management API; yields the answer's JSON, or null.
 pub fn management(method: &str, path: &str, body: Option<&str>) -> Value {
-    let url = format!("{}/api/{path}", var("ANGLER_TEST_AMQP_MANAGEMENT"));
+    management_at(&var("ANGLER_TEST_AMQP_MANAGEMENT"), method, path, body)
+}
+
+/// The same at another broker's.
+pub fn management_at(base: &str, method: &str, path: &str, body: Option<&str>) -> Value {
+    let url = format!("{base}/api/{path}");
     let request = ureq::http::Request::builder()
         .method(method)
         .uri(url)
