@@ -5,15 +5,22 @@
 //! broker that blocks publishers (memory or disk alarm) does not stop acks.
 
 pub mod control;
+pub mod dead;
 pub mod publisher;
 pub mod topology;
 
+use std::future::poll_fn;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::time::Duration;
 
-use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
+use futures_io::AsyncRead;
+use lapin::tcp::{AsyncTcpStream, RustlsConnector};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{Connection, ConnectionProperties};
+use lapin::uri::{AMQPScheme, AMQPUri};
+use lapin::{Connection, ConnectionProperties, ErrorKind};
+
+use crate::tls::{BROKER, TlsError};
 
 /// How to reach the broker: the part of `[amqp]` that concerns connections.
 #[derive(Clone)]
@@ -33,51 +40,116 @@ pub struct AmqpOptions {
 /// What keeps the broker from being used.
 #[derive(Debug, thiserror::Error)]
 pub enum AmqpError {
-    /// A certificate or key cannot be read.
-    #[error("cannot read {path}: {reason} (amqp.ca_file, client_cert_file, client_key_file)", path = path.display())]
-    Tls {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        reason: String,
-    },
-    /// The client or the broker said no.
+    /// Not an address.
+    #[error("amqp.url is not of the form amqp://user:password@host:port/vhost (or amqps://)")]
+    Url,
+    /// A file of certificates or a key cannot be used.
+    #[error(transparent)]
+    File(#[from] TlsError),
+    /// No TLS connection came about.
     #[error("{0}")]
-    Broker(#[from] lapin::Error),
+    Tls(String),
+    /// The client or the broker said no. No `source`: its text already holds the causes.
+    #[error("{0}")]
+    Broker(lapin::Error),
     /// No answer in time.
     #[error("the broker did not answer within {0} s")]
     Silent(u64),
 }
 
+impl From<lapin::Error> for AmqpError {
+    fn from(error: lapin::Error) -> Self {
+        Self::Broker(error)
+    }
+}
+
 /// What opening a connection and one channel may take.
 const CONNECT_SECONDS: u64 = 15;
+
+/// Reads an address. Its own error would quote it, and with it the password.
+///
+/// # Errors
+/// [`AmqpError::Url`].
+pub fn parse_url(url: &str) -> Result<AMQPUri, AmqpError> {
+    url.parse().map_err(|_| AmqpError::Url)
+}
 
 /// Opens a connection; `role` becomes part of its name in the broker's listings.
 ///
 /// # Errors
 /// [`AmqpError`].
 pub async fn connect(options: &AmqpOptions, role: &str) -> Result<Connection, AmqpError> {
-    let read = |path: &PathBuf| {
-        std::fs::read_to_string(path)
-            .map_err(|e| AmqpError::Tls { path: path.clone(), reason: e.to_string() })
-    };
-    let identity = match (&options.client_cert_file, &options.client_key_file) {
-        (Some(cert), Some(key)) => Some(OwnedIdentity::PKCS8 {
-            pem: read(cert)?.into_bytes(),
-            key: read(key)?.into_bytes(),
-        }),
-        _ => None,
-    };
-    let tls =
-        OwnedTLSConfig { identity, cert_chain: options.ca_file.as_ref().map(read).transpose()? };
+    let uri = parse_url(&options.url)?;
+    let tls = if uri.scheme == AMQPScheme::AMQPS { Some(tls(options).await?) } else { None };
     let properties = ConnectionProperties::default()
         .with_connection_name(format!("angler {role} {}", options.name).into());
     let runtime = lapin::runtime::default_runtime()?;
-    let connecting = Connection::connect_with_config(&options.url, properties, tls, runtime);
-    tokio::time::timeout(Duration::from_secs(CONNECT_SECONDS), connecting)
-        .await
-        .map_err(|_| AmqpError::Silent(CONNECT_SECONDS))?
-        .map_err(AmqpError::from)
+    let (again, dial_tls) = (uri.clone(), tls.clone());
+    // Ours and not lapin's, which at `log.level = "trace"` logs the address with its password, and
+    // fails where the system has no authorities, whatever `amqp.ca_file` holds.
+    let connecting = Connection::connector(
+        uri,
+        runtime,
+        async move |AMQPUri { authority, .. }, runtime| {
+            let address = runtime.to_socket_addrs((authority.host.clone(), authority.port));
+            let stream = AsyncTcpStream::connect(&runtime, address).await?;
+            Ok(match &dial_tls {
+                Some(tls) => stream.into_rustls(tls, &authority.host).await?,
+                None => stream,
+            })
+        },
+        properties,
+    );
+    let connected = tokio::time::timeout(Duration::from_secs(CONNECT_SECONDS), connecting).await;
+    let error = match connected {
+        Ok(Ok(connection)) => return Ok(connection),
+        Ok(Err(error)) => error,
+        Err(_) => return Err(AmqpError::Silent(CONNECT_SECONDS)),
+    };
+    if let Some(sentence) = BROKER.explain(&error) {
+        return Err(AmqpError::Tls(sentence));
+    }
+    match (tls, error.kind()) {
+        (Some(tls), ErrorKind::IOError(_)) => {
+            let alert = tokio::time::timeout(ALERT, alert(&again, &tls)).await;
+            let sentence = alert.ok().and_then(|error| BROKER.explain(&error));
+            Err(sentence.map_or(AmqpError::Broker(error), AmqpError::Tls))
+        }
+        _ => Err(error.into()),
+    }
+}
+
+/// How long to listen for the reason of a broker that hung up.
+const ALERT: Duration = Duration::from_secs(3);
+
+/// Why the broker hangs up after the handshake. In TLS 1.3 it looks at a client's certificate only
+/// then, and whoever has written something meanwhile gets a reset instead of its alert. So once
+/// more, and only listening.
+async fn alert(uri: &AMQPUri, tls: &RustlsConnector) -> std::io::Error {
+    let listening = async {
+        let runtime = lapin::runtime::default_runtime().map_err(std::io::Error::other)?;
+        let AMQPUri { authority, .. } = uri;
+        let address = runtime.to_socket_addrs((authority.host.clone(), authority.port));
+        let stream = AsyncTcpStream::connect(&runtime, address).await?;
+        let mut stream = stream.into_rustls(tls, &authority.host).await?;
+        poll_fn(|context| Pin::new(&mut stream).poll_read(context, &mut [0])).await
+    };
+    match listening.await {
+        Ok(_) => std::io::ErrorKind::UnexpectedEof.into(),
+        Err(error) => error,
+    }
+}
+
+async fn tls(options: &AmqpOptions) -> Result<RustlsConnector, AmqpError> {
+    let AmqpOptions { ca_file, client_cert_file, client_key_file, .. } = options.clone();
+    let reading = tokio::task::spawn_blocking(move || {
+        let identity = client_cert_file.as_deref().zip(client_key_file.as_deref());
+        BROKER.client_config(ca_file.as_deref(), identity)
+    });
+    match reading.await {
+        Ok(config) => Ok(config?.into()),
+        Err(panic) => Err(AmqpError::Tls(format!("certificates cannot be read: {panic}"))),
+    }
 }
 
 /// Ends a connection in order, so that acks on their way arrive; a broker that does not answer is

@@ -10,6 +10,7 @@ use tokio::sync::OnceCell;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::amqp::control::{ControlClient, ControlListener};
+use crate::amqp::dead::{DeadError, DeadLetters};
 use crate::amqp::publisher::Publisher;
 use crate::classes::catalog::Catalog;
 use crate::classes::shadow::Shadow;
@@ -43,27 +44,30 @@ impl App {
         Self { settings, s3: OnceCell::new() }
     }
 
-    async fn s3_client(&self) -> aws_sdk_s3::Client {
+    async fn s3_client(&self) -> Result<aws_sdk_s3::Client> {
         let options = self.settings.s3_options();
-        self.s3.get_or_init(|| async { s3::client(&options).await }).await.clone()
+        Ok(self.s3.get_or_try_init(|| async { s3::client(&options).await }).await?.clone())
     }
 
     /// Images in S3.
-    pub async fn s3_images(&self) -> S3Images {
-        S3Images::new(self.s3_client().await, &self.settings.s3_options())
+    ///
+    /// # Errors
+    /// If `s3.ca_file` cannot be used.
+    pub async fn s3_images(&self) -> Result<S3Images> {
+        Ok(S3Images::new(self.s3_client().await?, &self.settings.s3_options()))
     }
 
     /// The folder or bucket prefix of `classes.root`.
     ///
     /// # Errors
-    /// If it is an `s3://` URI without a bucket.
+    /// If it is an `s3://` URI without a bucket, or `s3.ca_file` cannot be used.
     pub async fn class_root(&self) -> Result<Arc<dyn ObjectStore>> {
         let root = &self.settings.classes.root;
         if !root.starts_with("s3://") {
             return Ok(Arc::new(LocalObjects::new(root)));
         }
         let uri = S3Uri::parse(root).map_err(anyhow::Error::msg).context("classes.root")?;
-        Ok(Arc::new(S3Objects::new(self.s3_client().await, uri)))
+        Ok(Arc::new(S3Objects::new(self.s3_client().await?, uri)))
     }
 
     /// The model of `model.path`.
@@ -103,14 +107,20 @@ impl App {
     }
 
     /// Local files, and S3 if any of `uris` lies there.
-    pub async fn images_for(&self, uris: impl Iterator<Item = &str>) -> Arc<dyn ImageStore> {
+    ///
+    /// # Errors
+    /// If `s3.ca_file` cannot be used.
+    pub async fn images_for(
+        &self,
+        uris: impl Iterator<Item = &str>,
+    ) -> Result<Arc<dyn ImageStore>> {
         let mut uris = uris;
         let s3 = if uris.any(|uri| uri.starts_with("s3://")) {
-            Some(Arc::new(self.s3_images().await) as Arc<dyn ImageStore>)
+            Some(Arc::new(self.s3_images().await?) as Arc<dyn ImageStore>)
         } else {
             None
         };
-        Arc::new(Routed { s3, local: Arc::new(LocalImages) })
+        Ok(Arc::new(Routed { s3, local: Arc::new(LocalImages) }))
     }
 
     /// The versions under `classes.root`, for this model.
@@ -140,6 +150,21 @@ impl App {
     pub async fn control_client(&self, command: &str) -> Result<ControlClient> {
         let s = &self.settings;
         Ok(ControlClient::connect(&s.amqp_options(command), &s.topology()).await?)
+    }
+
+    /// A pass over the dead letters; `command` is part of its connection's name.
+    ///
+    /// # Errors
+    /// [`DeadError`].
+    pub async fn dead_letters(&self, command: &str) -> Result<DeadLetters, DeadError> {
+        let s = &self.settings;
+        DeadLetters::open(&s.amqp_options(command), &s.amqp.dead_queue).await
+    }
+
+    /// Publishes jobs for a command; connects when it is first needed.
+    pub fn job_publisher(&self, command: &str) -> Publisher {
+        let s = &self.settings;
+        Publisher::new(s.amqp_options(command), s.topology())
     }
 
     /// What a worker is told; `jobs_in_flight` bounds admitted jobs.
@@ -178,7 +203,7 @@ impl App {
         }
         let shadow = s.shadow()?.map(|selector| Arc::new(Shadow::new(selector)));
         readiness.set_warm();
-        let store = Arc::new(self.s3_images().await);
+        let store = Arc::new(self.s3_images().await?);
         let limits = s.image_limits();
         let pipeline = Pipeline::new(store, engine.clone(), model.pixels.clone(), &limits);
         let pipeline = Arc::new(pipeline.watched_by(Arc::new(self.outage())));

@@ -3,6 +3,7 @@
 mod class_set;
 mod classes;
 mod classify;
+mod dead;
 mod each;
 mod gather;
 mod output;
@@ -53,6 +54,8 @@ enum Command {
     Worker(worker::WorkerCommand),
     #[command(subcommand)]
     Classes(classes::ClassesCommand),
+    #[command(subcommand)]
+    Dead(dead::DeadCommand),
     /// Print the default settings, with what each means: a start for angler.toml
     DefaultSettings,
 }
@@ -102,6 +105,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Classify(command) => command.run(&app).await,
             Command::Worker(command) => command.run(&app).await,
             Command::Classes(command) => command.run(&app).await,
+            Command::Dead(command) => command.run(&app).await,
             Command::DefaultSettings => Ok(()),
         }
     });

@@ -8,8 +8,8 @@ use std::time::Duration;
 use config::{Config, Environment, File, FileFormat};
 use serde::Deserialize;
 
-use crate::amqp::AmqpOptions;
 use crate::amqp::topology::Topology;
+use crate::amqp::{AmqpOptions, parse_url};
 use crate::classes::catalog::CatalogOptions;
 use crate::embed::{self, BackendChoice};
 use crate::engine::batcher::BatchPolicy;
@@ -94,6 +94,7 @@ section!(/** `[s3]` */ S3Settings {
     path_style: bool,
     allowed_buckets: Vec<String>,
     concurrency: usize,
+    ca_file: String,
 });
 section!(/** `[limits]` */ LimitsSettings {
     images_per_job: usize,
@@ -214,6 +215,7 @@ impl Settings {
                 "amqp.client_cert_file and amqp.client_key_file belong together".to_owned(),
             ));
         }
+        parse_url(&a.url).map_err(|e| SettingsError(e.to_string()))?;
         self.preload()?;
         self.shadow()?;
         Ok(())
@@ -275,6 +277,7 @@ impl Settings {
             path_style: s.path_style,
             allowed_buckets: s.allowed_buckets.clone(),
             concurrency: s.concurrency,
+            ca_file: path(&s.ca_file),
         }
     }
 
@@ -471,6 +474,7 @@ mod tests {
             ("[classes]\npoll_seconds = 0", "classes.poll_seconds"),
             ("[amqp]\nclient_key_file = \"k\"", "amqp.client_cert_file"),
             ("[amqp]\nprefetch = 70000", "prefetch"),
+            ("[amqp]\nurl = \"http://h\"", "amqp.url"),
         ] {
             let message = refused(file);
             assert!(message.contains(key), "{file}: {message}");
@@ -484,5 +488,8 @@ mod tests {
         assert_eq!(redacted("amqp://u:p@ss@h:5672/v"), "amqp://u:***@h:5672/v");
         assert_eq!(redacted("amqp://h/v"), "amqp://h/v");
         assert_eq!(redacted("secret"), "(not a URL)");
+        // Two slashes are missing.
+        let message = refused("[amqp]\nurl = \"amqp:u:hunter2@h\"");
+        assert!(message.contains("amqp.url") && !message.contains("hunter2"), "{message}");
     }
 }

@@ -37,5 +37,6 @@ pub mod sink;
 pub mod source;
 pub mod store;
 pub mod telemetry;
+pub mod tls;
 pub mod watchdog;
 pub mod worker;

@@ -18,6 +18,14 @@ use super::{put, short};
 /// would kill workers for ever.
 const DELIVERY_LIMIT: i64 = 10;
 
+/// The same for the queues that keep messages: never.
+///
+/// From 4.0 on a quorum queue without a limit has one of 20 and drops what reaches it. Whoever looks
+/// at a message and gives it back is counted, so listing the dead letters 20 times would delete
+/// them. Written out, because -1, which is how 4.0 says "none", makes 3.10 drop a message when it
+/// comes back for the first time.
+const NEVER: i64 = 1_000_000_000;
+
 /// The names in `[amqp]`, and the delays that need a retry queue.
 #[derive(Debug, Clone)]
 pub struct Topology {
@@ -119,9 +127,11 @@ impl Topology {
 }
 
 /// Replicated, durable, and settled by a majority: the only kind that survives the loss of a node.
+/// It keeps what is looked at and given back.
 fn quorum() -> FieldTable {
     let mut arguments = FieldTable::default();
     put(&mut arguments, "x-queue-type", "quorum");
+    arguments.insert(short("x-delivery-limit"), AMQPValue::LongLongInt(NEVER));
     arguments
 }
 

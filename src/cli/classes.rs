@@ -14,7 +14,7 @@ mod npy;
 mod rescore;
 mod shadow;
 mod show;
-mod tables;
+pub(super) mod tables;
 mod thresholds;
 mod thumbnails;
 

@@ -67,7 +67,7 @@ impl Classify {
         };
         let model = app.model()?;
         let uris = images.iter().chain(references.iter().map(|r| &r.uri)).map(String::as_str);
-        let store = app.images_for(uris).await;
+        let store = app.images_for(uris).await?;
         let engine = app.engine(&model)?;
         let pipeline = app.pipeline(&model, engine.clone(), Arc::clone(&store));
         let (catalog, selector) = match origin {

@@ -6,6 +6,7 @@
 
 mod objects;
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,15 +16,20 @@ use aws_config::meta::region::RegionProviderChain;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
-use aws_sdk_s3::config::{BehaviorVersion, Region};
+use aws_sdk_s3::config::{BehaviorVersion, Region, SharedHttpClient};
 use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
+use aws_smithy_http_client::proxy::ProxyConfig;
+use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
+use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
+use aws_smithy_http_client::{Builder, ConnectorBuilder};
 use bytes::BytesMut;
 use tokio::sync::Semaphore;
 
 pub use self::objects::S3Objects;
 use super::{ByteBudget, Fetched, ImageStore};
 use crate::error::{ImageError, ImageErrorCode};
+use crate::tls::{STORE, TlsError, system_has_authorities};
 
 /// How to reach the store: `[s3]`.
 #[derive(Debug, Clone, Default)]
@@ -38,6 +44,8 @@ pub struct S3Options {
     pub allowed_buckets: Vec<String>,
     /// Requests at once.
     pub concurrency: usize,
+    /// PEM file of authorities that are trusted beside the system's.
+    pub ca_file: Option<PathBuf>,
 }
 
 /// A bucket and a key or prefix, out of `s3://bucket/key`.
@@ -76,7 +84,10 @@ impl S3Uri {
 ///
 /// Throttling and 5xx answers are tried again with a short backoff, three times in all, before an
 /// error reaches the caller, which knows how long there is to wait.
-pub async fn client(options: &S3Options) -> Client {
+///
+/// # Errors
+/// If `ca_file` cannot be used.
+pub async fn client(options: &S3Options) -> Result<Client, TlsError> {
     let chain = RegionProviderChain::first_try(options.region.clone().map(Region::new));
     // Another server than AWS's has no instance metadata to ask, and asking takes seconds.
     let chain = match options.endpoint {
@@ -92,18 +103,39 @@ pub async fn client(options: &S3Options) -> Client {
     let retries = RetryConfig::standard()
         .with_max_attempts(3)
         .with_initial_backoff(Duration::from_millis(200));
-    let shared = aws_config::defaults(BehaviorVersion::v2026_01_12())
-        .region(chain)
-        .timeout_config(timeouts)
-        .retry_config(retries)
-        .load()
-        .await;
+    let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12());
+    if let Some(path) = &options.ca_file {
+        // For whoever hands out credentials as well.
+        loader = loader.http_client(http_client(path)?);
+    }
+    let shared = loader.region(chain).timeout_config(timeouts).retry_config(retries).load().await;
     let mut config =
         aws_sdk_s3::config::Builder::from(&shared).force_path_style(options.path_style);
     if let Some(endpoint) = &options.endpoint {
         config = config.endpoint_url(endpoint);
     }
-    Client::from_conf(config.build())
+    Ok(Client::from_conf(config.build()))
+}
+
+/// The SDK's own HTTP client, proxies from the environment included, with more authorities.
+fn http_client(ca_file: &Path) -> Result<SharedHttpClient, TlsError> {
+    // Checked here: the client panics at what it cannot read.
+    let (pem, _) = STORE.authorities(ca_file)?;
+    let trusted =
+        TrustStore::empty().with_native_roots(system_has_authorities()).with_pem_certificate(pem);
+    let context = TlsContext::builder().with_trust_store(trusted).build();
+    let context = context.map_err(|e| STORE.refused(ca_file, &e.to_string()))?;
+    Ok(Builder::new().build_with_connector_fn(move |settings, components| {
+        let mut connector = ConnectorBuilder::default()
+            .tls_provider(Provider::Rustls(CryptoMode::AwsLc))
+            .tls_context(context.clone())
+            .proxy_config(ProxyConfig::from_env());
+        connector.set_connector_settings(settings.cloned());
+        if let Some(components) = components {
+            connector.set_sleep_impl(components.sleep_impl());
+        }
+        connector.build()
+    }))
 }
 
 /// Images in S3.
@@ -240,6 +272,9 @@ where
 
 /// The innermost cause: the outer layers only say that a request failed.
 fn brief(error: &(dyn std::error::Error + 'static)) -> String {
+    if let Some(sentence) = STORE.explain(error) {
+        return sentence;
+    }
     let mut cause = error;
     while let Some(inner) = cause.source() {
         cause = inner;

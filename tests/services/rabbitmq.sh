@@ -10,8 +10,8 @@
 #   rabbitmq.sh sbin         the folder of the installed RabbitMQ's scripts; fails if there is none
 #   rabbitmq.sh ctl DIR ...  rabbitmqctl; it costs seconds a call, the management API milliseconds
 #
-# Before `start`: lines in DIR/extra.conf are added to rabbitmq.conf (TLS listeners: port TLS in DIR/ports is kept
-# free for one, once DIR was started), names in RABBITMQ_PLUGINS (comma-separated) to the plugins.
+# Before `start`: lines in DIR/extra.conf are added to rabbitmq.conf, with @TLS@ for port TLS of DIR/ports, which is kept
+# free for a TLS listener; names in RABBITMQ_PLUGINS (comma-separated) are added to the plugins.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -67,7 +67,7 @@ configure() {
     # The management API's counters are 5 s old otherwise, and tests poll them.
     echo "collect_statistics_interval = 500"
     echo "log.console = false"
-    [[ ! -f $dir/extra.conf ]] || cat "$dir/extra.conf"
+    [[ ! -f $dir/extra.conf ]] || sed "s/@TLS@/$TLS/g" "$dir/extra.conf"
   } >"$dir/rabbitmq.conf"
   # The same for the message counts of quorum queues; there is no key for it in rabbitmq.conf.
   echo '[{rabbit, [{quorum_tick_interval, 500}]}].' >"$dir/advanced.config"

@@ -6,6 +6,8 @@
 #   seaweedfs.sh kill DIR    SIGKILL; `start` brings it back with its data on the same ports
 #   seaweedfs.sh stop DIR    the same: an orderly end takes 15 s
 #   seaweedfs.sh env DIR     export lines for the tests
+#
+# Before `start`: with DIR/tls.crt and DIR/tls.key (PEM) it speaks HTTPS too, on port S3_HTTPS of DIR/ports.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -29,7 +31,7 @@ load_ports() {
 
 configure() {
   mkdir -p "$dir"/{data,log}
-  pick_ports "$dir/ports" S3 S3_GRPC MASTER MASTER_GRPC VOLUME VOLUME_GRPC FILER FILER_GRPC
+  pick_ports "$dir/ports" S3 S3_GRPC MASTER MASTER_GRPC VOLUME VOLUME_GRPC FILER FILER_GRPC S3_HTTPS
   load_ports
   # One identity that may do everything, and one for tests of denied access: of all buckets it sees only `public`.
   cat >"$dir/s3.json" <<'JSON'
@@ -65,6 +67,9 @@ start() {
     -volume.max=1000                  # and with the default of 8 the ninth bucket takes no object
     -volume.minFreeSpace=100MiB       # else 1 % of the disk, below which it is read-only: gigabytes on a large one
   )
+  if [[ -f $dir/tls.crt ]]; then
+    options+=(-s3.port.https="$S3_HTTPS" -s3.cert.file="$dir/tls.crt" -s3.key.file="$dir/tls.key")
+  fi
   # setsid: Ctrl-C in the terminal is for the test run, which then stops the server.
   (
     cd "$dir"

@@ -168,6 +168,11 @@ pub fn management(method: &str, path: &str, body: Option<&str>) -> Value {
     call(&var("ANGLER_TEST_AMQP_MANAGEMENT"), method, path, body).unwrap()
 }
 
+/// The same at another broker's.
+pub fn management_at(base: &str, method: &str, path: &str, body: Option<&str>) -> Value {
+    call(base, method, path, body).unwrap()
+}
+
 fn call(base: &str, method: &str, path: &str, body: Option<&str>) -> Result<Value, ureq::Error> {
     let url = format!("{base}/api/{path}");
     let request = ureq::http::Request::builder()

@@ -1,6 +1,6 @@
 //! A broker or a store of a test's own, to be killed, stopped and brought back.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::{repository, unique};
@@ -14,7 +14,7 @@ pub struct Server {
 impl Server {
     /// A RabbitMQ with these lines in its rabbitmq.conf.
     pub fn rabbitmq(extra: &str) -> Self {
-        let server = Self::new("rabbitmq.sh");
+        let server = Self::unstarted("rabbitmq.sh");
         std::fs::write(server.dir.join("extra.conf"), extra).unwrap();
         server.start();
         server
@@ -22,12 +22,13 @@ impl Server {
 
     /// A SeaweedFS.
     pub fn seaweedfs() -> Self {
-        let server = Self::new("seaweedfs.sh");
+        let server = Self::unstarted("seaweedfs.sh");
         server.start();
         server
     }
 
-    fn new(script: &str) -> Self {
+    /// One to be configured in its folder before it is started.
+    pub fn unstarted(script: &str) -> Self {
         let script = repository("tests/services").join(script);
         let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(unique("server"));
         std::fs::create_dir_all(&dir).unwrap();
@@ -39,6 +40,18 @@ impl Server {
         let silent = command.arg(&script).arg(&dir).stdin(Stdio::null()).stdout(Stdio::null());
         drop(silent.stderr(Stdio::null()).spawn().unwrap());
         Self { script, dir }
+    }
+
+    /// All that it reads and writes.
+    pub fn folder(&self) -> &Path {
+        &self.dir
+    }
+
+    /// A port, by its name in the script.
+    pub fn port(&self, name: &str) -> u16 {
+        let ports = std::fs::read_to_string(self.dir.join("ports")).unwrap();
+        let mut ports = ports.lines().filter_map(|line| line.split_once('='));
+        ports.find(|port| port.0 == name).unwrap().1.parse().unwrap()
     }
 
     fn run(&self, arguments: &[&str]) -> String {

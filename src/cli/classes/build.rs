@@ -76,7 +76,7 @@ impl BuildCommand {
         thresholds.check(references.iter().map(|r| r.label.as_str()))?;
         let model = app.model()?;
         let engine = app.engine(&model)?;
-        let store = app.images_for(references.iter().map(|r| r.uri.as_str())).await;
+        let store = app.images_for(references.iter().map(|r| r.uri.as_str())).await?;
         let pipeline = app.pipeline(&model, engine.clone(), store);
         let embedded = embed_with_progress(&pipeline, references).await;
         engine.close().await;

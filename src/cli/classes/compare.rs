@@ -141,7 +141,7 @@ async fn images(app: &App, folder: &str, scorer: &mut Scorer<'_>) -> Result<()> 
     let model = app.model()?;
     class_set::check_model(scorer.a, &model.fingerprint, model.dim)?;
     let engine = app.engine(&model)?;
-    let store = app.images_for(uris.iter().map(String::as_str)).await;
+    let store = app.images_for(uris.iter().map(String::as_str)).await?;
     let pipeline = app.pipeline(&model, engine.clone(), store);
     let below = format!("{}/", folder.trim_end_matches('/'));
     let first_folder = |uri: &str| {

@@ -85,7 +85,7 @@ impl EvaluateCommand {
         let model = app.model()?;
         class_set::check_model(&classes, &model.fingerprint, model.dim)?;
         let engine = app.engine(&model)?;
-        let store = app.images_for(references.iter().map(|r| r.uri.as_str())).await;
+        let store = app.images_for(references.iter().map(|r| r.uri.as_str())).await?;
         let pipeline = app.pipeline(&model, engine.clone(), store);
         let want = Want {
             classes: Some(Arc::clone(&classes)),

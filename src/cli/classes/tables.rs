@@ -17,7 +17,7 @@ const NARROW_LABEL: usize = 12;
 const NARROW_ADDRESS: usize = 26;
 
 /// Prints to standard output. A reader that has seen enough, such as `head`, is no error.
-pub(super) fn show(text: &str) -> std::io::Result<()> {
+pub(in crate::cli) fn show(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
@@ -105,7 +105,8 @@ pub(super) fn narrow_address(uri: &str) -> String {
     end(uri, NARROW_ADDRESS)
 }
 
-fn start(text: &str, width: usize) -> String {
+/// The start of a text, cut to `width` characters.
+pub(in crate::cli) fn start(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.to_owned();
     }
@@ -113,7 +114,8 @@ fn start(text: &str, width: usize) -> String {
     format!("{start}…")
 }
 
-fn end(text: &str, width: usize) -> String {
+/// The end of a text, cut to `width` characters.
+pub(in crate::cli) fn end(text: &str, width: usize) -> String {
     let length = text.chars().count();
     if length <= width {
         return text.to_owned();

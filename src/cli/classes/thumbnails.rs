@@ -27,8 +27,12 @@ const FETCHES: usize = 16;
 /// Small JPEGs of these images, or why there is none, in their order.
 pub(super) async fn thumbnails(app: &App, uris: &[&str]) -> Vec<Result<Vec<u8>, String>> {
     let limits = app.settings.image_limits();
+    let store = match app.images_for(uris.iter().copied()).await {
+        Ok(store) => store,
+        Err(error) => return vec![Err(format!("{error:#}")); uris.len()],
+    };
     let source = Source {
-        store: app.images_for(uris.iter().copied()).await,
+        store,
         budget: ByteBudget::new(limits.bytes_in_flight, limits.image_bytes),
         pixels: PixelLimits { max_pixels: limits.image_pixels },
         decoders: Arc::new(Semaphore::new(limits.decoders.max(1))),

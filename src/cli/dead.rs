@@ -1,0 +1,137 @@
+//! `angler dead`: look at the jobs that were given up on, send them again, or remove them.
+
+mod list;
+mod purge;
+mod redrive;
+mod show;
+
+use anyhow::{Result, anyhow};
+use clap::{Args, Subcommand};
+
+use super::UsageError;
+use super::classify::report::plural;
+use crate::amqp::dead::{DeadLetters, Filter};
+use crate::app::App;
+
+/// Look at the jobs that were given up on, send them again, or remove them
+#[derive(Subcommand)]
+pub enum DeadCommand {
+    // The commands' own types carry their help.
+    List(list::ListCommand),
+    Show(show::ShowCommand),
+    Redrive(redrive::RedriveCommand),
+    Purge(purge::PurgeCommand),
+}
+
+impl DeadCommand {
+    pub(super) async fn run(self, app: &App) -> Result<()> {
+        match self {
+            Self::List(command) => command.run(app).await,
+            Self::Show(command) => command.run(app).await,
+            Self::Redrive(command) => command.run(app).await,
+            Self::Purge(command) => command.run(app).await,
+        }
+    }
+}
+
+/// Which dead letters a command means.
+#[derive(Args)]
+struct Which {
+    /// Only those given up for this reason, as `list` shows it; may be repeated
+    #[arg(long, value_name = "REASON")]
+    reason: Vec<String>,
+    /// Only jobs of this bulk run; may be repeated
+    #[arg(long, value_name = "RUN")]
+    run: Vec<String>,
+    /// Only the job with this id; may be repeated
+    #[arg(long, value_name = "JOB")]
+    id: Vec<String>,
+}
+
+impl Which {
+    fn filter(&self) -> Filter {
+        Filter { reasons: self.reason.clone(), runs: self.run.clone(), jobs: self.id.clone() }
+    }
+}
+
+/// Which dead letters a command changes: never all of them by accident.
+#[derive(Args)]
+struct Chosen {
+    #[command(flatten)]
+    which: Which,
+    /// All of them; needed when nothing else says which
+    #[arg(long)]
+    all: bool,
+    /// At most so many, the oldest first
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
+}
+
+impl Chosen {
+    fn filter(&self) -> Result<Filter, UsageError> {
+        let filter = self.which.filter();
+        if filter.is_empty() && !self.all {
+            let which = "say which: --reason, --run, --id, or --all";
+            return Err(UsageError(which.to_owned()));
+        }
+        if !filter.is_empty() && self.all {
+            let both = "--all means every dead letter: it does not go with --reason, --run or --id";
+            return Err(UsageError(both.to_owned()));
+        }
+        Ok(filter)
+    }
+}
+
+/// Ends a pass. What went wrong in it comes before what went wrong at its end.
+async fn end<T>(dead: DeadLetters, outcome: Result<T>) -> Result<T> {
+    let closed = dead.close().await;
+    let value = outcome?;
+    closed?;
+    Ok(value)
+}
+
+/// What the pass did not come to, because of --limit or because it holds no more at once.
+fn rest(not_looked_at: u64) -> String {
+    match not_looked_at {
+        0 => String::new(),
+        n => format!("{n} behind them not looked at\n"),
+    }
+}
+
+/// The error of a command that found nothing: exit code 1, unless it meant everything there is.
+fn nothing(filter: &Filter, matched: u64, queue: &str) -> Result<()> {
+    if matched == 0 && !filter.is_empty() {
+        return Err(anyhow!(
+            "no dead letter in {queue} matches; `angler dead list` shows them all"
+        ));
+    }
+    Ok(())
+}
+
+/// `1 dead letter`, `2 dead letters`.
+fn letters(count: u64) -> String {
+    plural(usize::try_from(count).unwrap_or(usize::MAX), "dead letter")
+}
+
+/// A text that somebody else wrote, safe for a terminal: a control character could rewrite the
+/// screen.
+fn plain(text: &str) -> String {
+    let safe = |c: char| if c.is_control() && c != '\n' { '\u{fffd}' } else { c };
+    text.chars().map(safe).collect()
+}
+
+/// The same on one line.
+fn one_line(text: &str) -> String {
+    plain(text).replace('\n', " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_wrote_cannot_rewrite_the_screen() {
+        assert_eq!(plain("a\x1b[2Jb\u{9b}31m\nc"), "a\u{fffd}[2Jb\u{fffd}31m\nc");
+        assert_eq!(one_line("a\nb\r"), "a b\u{fffd}");
+    }
+}
