@@ -27,7 +27,7 @@ use super::publisher::{Published, Publisher};
 use super::{AmqpError, AmqpOptions, close, connect, put, short};
 
 /// Messages that a pass holds unacked at most. The broker keeps a record of each, and one `get` a
-/// message takes about a millisecond: the pass stays far below the broker's `consumer_timeout`.
+/// message takes a millisecond or two: the pass stays far below the broker's `consumer_timeout`.
 const WINDOW: usize = 100_000;
 /// What the broker may take to answer.
 const ANSWER: Duration = Duration::from_secs(10);
