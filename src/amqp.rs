@@ -18,8 +18,9 @@ use futures_io::AsyncRead;
 use lapin::tcp::{AsyncTcpStream, RustlsConnector};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::uri::{AMQPScheme, AMQPUri};
-use lapin::{Connection, ConnectionProperties, ErrorKind};
+use lapin::{BasicProperties, Connection, ConnectionProperties, ErrorKind};
 
+use crate::job::JOB_TYPE;
 use crate::tls::{BROKER, TlsError};
 
 /// How to reach the broker: the part of `[amqp]` that concerns connections.
@@ -193,6 +194,39 @@ pub(crate) fn short(text: &str) -> ShortString {
 
 /// Where a quorum queue tells how often a message was delivered before without being acked.
 pub(crate) const DELIVERY_COUNT: &str = "x-delivery-count";
+
+/// When a worker gave a job up, RFC 3339.
+pub(crate) const DIED_AT: &str = "angler-died-at";
+
+/// A job's properties for publishing it again, with other headers. `user_id` stays behind, since the
+/// broker refuses another's, and so does `expiration`, which was for the queue that it came from.
+pub(crate) fn again(old: &BasicProperties, headers: FieldTable) -> BasicProperties {
+    let mut new = BasicProperties::default()
+        .with_headers(headers)
+        .with_delivery_mode(2)
+        .with_type(JOB_TYPE.into());
+    type With = fn(BasicProperties, ShortString) -> BasicProperties;
+    let kept: [(&Option<ShortString>, With); 6] = [
+        (old.content_type(), BasicProperties::with_content_type),
+        (old.content_encoding(), BasicProperties::with_content_encoding),
+        (old.message_id(), BasicProperties::with_message_id),
+        (old.correlation_id(), BasicProperties::with_correlation_id),
+        (old.reply_to(), BasicProperties::with_reply_to),
+        (old.app_id(), BasicProperties::with_app_id),
+    ];
+    for (value, with) in kept {
+        if let Some(value) = value {
+            new = with(new, value.clone());
+        }
+    }
+    if let Some(priority) = old.priority() {
+        new = new.with_priority(*priority);
+    }
+    if let Some(timestamp) = old.timestamp() {
+        new = new.with_timestamp(*timestamp);
+    }
+    new
+}
 
 /// Sets a string header.
 pub(crate) fn put(headers: &mut FieldTable, key: &str, value: &str) {

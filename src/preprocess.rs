@@ -64,8 +64,8 @@ pub enum Filter {
 #[derive(Debug, Clone, Copy)]
 pub struct PixelLimits {
     /// Width × height that a file may declare (`limits.image_pixels`), checked before pixel memory
-    /// is allocated. Decoding takes up to 12 bytes a pixel of JPEG, 16 of another file and 32 of a
-    /// floating-point TIFF, and 16 MiB for metadata.
+    /// is allocated. Decoding takes up to 16 bytes for each of them, and 16 MiB for metadata; a file
+    /// whose pixels would take more is refused.
     pub max_pixels: u64,
 }
 

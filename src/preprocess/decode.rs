@@ -17,9 +17,9 @@ const MAX_SIDE: u32 = 65_535;
 /// What a decoder may allocate beyond the pixels: tables, metadata, a colour profile.
 pub(super) const METADATA_BYTES: u64 = 16 << 20;
 
-/// A decoder's buffers may take this many times the picture that it puts out: a TIFF strip or a GIF
-/// frame is held beside it.
-const WORKING_COPIES: u64 = 3;
+/// What decoding may take, in bytes for each pixel that the limit allows: two copies of 16-bit RGBA.
+/// A floating-point TIFF near the limit on pixels needs more, and is refused.
+const BYTES_A_PIXEL: u64 = 16;
 
 /// How much of a decoder's own words goes into a message, in characters.
 const REASON_CHARS: usize = 200;
@@ -73,8 +73,21 @@ fn decode_format(
 
     let (width, height) = decoder.dimensions();
     check_size(width, height, limits)?;
+    // A decoder's own buffers (a TIFF's strips, a GIF's frame) may be as large as the picture.
+    let most = METADATA_BYTES + BYTES_A_PIXEL.saturating_mul(limits.max_pixels);
+    if decoder.total_bytes().saturating_mul(2) > most {
+        return Err(ImageError::new(
+            ImageErrorCode::TooLarge,
+            format!(
+                "{width} × {height} pixels of this {} take more memory than limits.image_pixels ({}) \
+                 allows",
+                name(format),
+                limits.max_pixels
+            ),
+        ));
+    }
     let mut allowance = image::Limits::no_limits();
-    allowance.max_alloc = Some(METADATA_BYTES + WORKING_COPIES * decoder.total_bytes());
+    allowance.max_alloc = Some(most.min(METADATA_BYTES + 3 * decoder.total_bytes()));
     decoder.set_limits(allowance).map_err(|e| refusal(format, &e))?;
 
     // Damaged EXIF data does not make the picture unreadable: such a picture counts as upright.

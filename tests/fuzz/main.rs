@@ -118,7 +118,28 @@ fn mutated(seeds: &[Vec<u8>], random: &mut fastrand::Rng) -> Vec<u8> {
         }
     }
     input.truncate(LONGEST);
+    if random.bool() {
+        mend_png(&mut input);
+    }
     input
+}
+
+/// Puts right the checksums of a PNG, which would else be all that is ever looked at.
+fn mend_png(input: &mut [u8]) {
+    if !input.starts_with(b"\x89PNG\r\n\x1a\n") {
+        return;
+    }
+    let mut at = 8;
+    while let Some(length) = input.get(at..at + 4) {
+        let length = u32::from_be_bytes(length.try_into().unwrap()) as usize;
+        let Some(end) = at.checked_add(8 + length).filter(|end| end + 4 <= input.len()) else {
+            return;
+        };
+        let mut crc = flate2::Crc::new();
+        crc.update(&input[at + 4..end]);
+        input[end..end + 4].copy_from_slice(&crc.sum().to_be_bytes());
+        at = end + 4;
+    }
 }
 
 fn noise(length: usize, random: &mut fastrand::Rng) -> Vec<u8> {

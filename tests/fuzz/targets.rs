@@ -3,6 +3,7 @@
 
 use angler::classes::active::Active;
 use angler::classes::file::{self, Reader};
+use angler::error::ImageErrorCode;
 use angler::job::{ClassSelector, Job, JobLimits, id_of_malformed};
 use angler::preprocess::{Filter, PixelLimits, PixelSpec, Resize};
 
@@ -10,7 +11,11 @@ use angler::preprocess::{Filter, PixelLimits, PixelSpec, Resize};
 pub fn job(bytes: &[u8]) {
     let limits = JobLimits { images: 100, message_bytes: 1 << 20 };
     match Job::parse(bytes, None, limits) {
-        Ok(job) => assert!(!job.images.is_empty() && job.images.len() <= limits.images),
+        Ok(job) => {
+            assert!(!job.images.is_empty() && job.images.len() <= limits.images);
+            let set = &job.classes.set;
+            assert!(!set.is_empty() && !set.contains(['/', '\\', '\0']) && !set.starts_with('.'));
+        }
         Err(_) => assert!(!id_of_malformed(bytes, None).is_empty()),
     }
     if let Ok(text) = std::str::from_utf8(bytes) {
@@ -36,7 +41,9 @@ pub fn preprocess(bytes: &[u8]) {
     let spec =
         PixelSpec { width: 8, height: 8, resize: Resize::ShorterSide(10), filter: Filter::Bicubic };
     let limits = PixelLimits { max_pixels: 100_000 };
-    if let Ok(pixels) = angler::preprocess::preprocess(bytes, &spec, limits) {
-        assert_eq!(pixels.data.len(), 8 * 8 * 3);
+    match angler::preprocess::preprocess(bytes, &spec, limits) {
+        Ok(pixels) => assert_eq!(pixels.data.len(), 8 * 8 * 3),
+        // A decoder's panic, which is caught there, or our own mistake.
+        Err(error) => assert_ne!(error.code, ImageErrorCode::Internal, "{error}"),
     }
 }

@@ -13,8 +13,8 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::amqp::{number_header, string_header};
-use crate::job::{JOB_TYPE, id_of_malformed};
+use crate::amqp::{DIED_AT, again, number_header, string_header};
+use crate::job::id_of_malformed;
 
 /// Tables and lists in headers are shown to this depth.
 const DEPTH: usize = 8;
@@ -31,7 +31,7 @@ pub struct DeadLetter {
     pub attempts: Option<i64>,
     /// What was wrong, for a person.
     pub error: Option<String>,
-    /// When the broker gave it up; a worker does not say when it did.
+    /// When it was given up.
     pub died_at: Option<SystemTime>,
     /// As they came.
     pub properties: BasicProperties,
@@ -63,7 +63,9 @@ impl DeadLetter {
             .or(broker_reason)
             .or_else(|| string_header(headers, "x-first-death-reason"))
             .unwrap_or_else(|| "unknown".to_owned());
-        let died_at = match death.and_then(|death| death.inner().get("time")) {
+        let told = string_header(headers, DIED_AT);
+        let told = told.and_then(|text| humantime::parse_rfc3339(&text).ok());
+        let recorded = match death.and_then(|death| death.inner().get("time")) {
             Some(AMQPValue::Timestamp(seconds)) => {
                 SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(*seconds))
             }
@@ -78,7 +80,7 @@ impl DeadLetter {
             attempts: number_header(headers, "angler-attempts")
                 .or_else(|| number_header(headers, "angler-attempt")),
             error: string_header(headers, "angler-error"),
-            died_at,
+            died_at: told.or(recorded),
             body: data,
             tag,
             properties,
@@ -87,7 +89,7 @@ impl DeadLetter {
 
     /// The properties of the job as it was before its first attempt: without what workers and the
     /// broker wrote into its headers. RabbitMQ before 4.0 would read `x-death` and drop the message
-    /// as a cycle. `user_id` goes too: the broker refuses another's.
+    /// as a cycle.
     pub(super) fn properties_again(&self) -> BasicProperties {
         let old = &self.properties;
         let headers: BTreeMap<ShortString, AMQPValue> = old
@@ -97,31 +99,7 @@ impl DeadLetter {
             .filter(|(key, _)| !was_added(key.as_str()))
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect();
-        let mut new = BasicProperties::default()
-            .with_headers(FieldTable::from(headers))
-            .with_delivery_mode(2)
-            .with_type(JOB_TYPE.into());
-        type With = fn(BasicProperties, ShortString) -> BasicProperties;
-        let kept: [(&Option<ShortString>, With); 6] = [
-            (old.content_type(), BasicProperties::with_content_type),
-            (old.content_encoding(), BasicProperties::with_content_encoding),
-            (old.message_id(), BasicProperties::with_message_id),
-            (old.correlation_id(), BasicProperties::with_correlation_id),
-            (old.reply_to(), BasicProperties::with_reply_to),
-            (old.app_id(), BasicProperties::with_app_id),
-        ];
-        for (value, with) in kept {
-            if let Some(value) = value {
-                new = with(new, value.clone());
-            }
-        }
-        if let Some(priority) = old.priority() {
-            new = new.with_priority(*priority);
-        }
-        if let Some(timestamp) = old.timestamp() {
-            new = new.with_timestamp(*timestamp);
-        }
-        new
+        again(old, FieldTable::from(headers))
     }
 
     /// The properties that are set, but for the headers, for people and programs.
@@ -211,6 +189,7 @@ fn table(table: &FieldTable, depth: usize) -> Map<String, Value> {
 mod tests {
     use super::*;
     use crate::amqp::{put, short};
+    use crate::job::JOB_TYPE;
 
     fn letter(headers: FieldTable, id: Option<&str>, body: &str) -> DeadLetter {
         let mut properties = BasicProperties::default().with_headers(headers);

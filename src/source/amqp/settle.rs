@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use lapin::options::BasicAckOptions;
@@ -11,8 +12,7 @@ use lapin::{Acker, BasicProperties};
 
 use crate::amqp::publisher::{Published, Publisher};
 use crate::amqp::topology::Topology;
-use crate::amqp::{DELIVERY_COUNT, short};
-use crate::job::JOB_TYPE;
+use crate::amqp::{DELIVERY_COUNT, DIED_AT, again, short};
 use crate::source::{Settle, Settlement};
 
 /// Counts attempts across retries; never begins with `x-`, which RabbitMQ keeps for itself.
@@ -50,11 +50,7 @@ impl Message {
             .map(|(key, value)| (key.clone(), value.clone()))
             .chain(own.iter().map(|(key, value)| (short(key), value.clone())))
             .collect();
-        self.properties
-            .clone()
-            .with_headers(FieldTable::from(kept))
-            .with_delivery_mode(2)
-            .with_type(JOB_TYPE.into())
+        again(&self.properties, FieldTable::from(kept))
     }
 
     /// To a queue of the topology, with these headers of ours.
@@ -105,7 +101,9 @@ impl Settle for Message {
                 }
             }
             Settlement::DeadLetter(failure) => {
+                let now = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
                 let own = [
+                    (DIED_AT, text(&now)),
                     ("angler-reason", text(failure.code.as_str())),
                     ("angler-attempts", AMQPValue::LongUInt(self.attempt)),
                     (ERROR, text(&failure.message)),
