@@ -96,7 +96,13 @@ fn png(width: u32, height: u32, before: &[Vec<u8>], pixels: &[u8]) -> Vec<u8> {
 
 /// So many zeros, deflated: a thousandth of them.
 fn zeros(bytes: u64) -> Vec<u8> {
+    endless(&[], bytes)
+}
+
+/// Something, and then zeros.
+fn endless(first: &[u8], bytes: u64) -> Vec<u8> {
     let mut deflate = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
+    deflate.write_all(first).unwrap();
     let megabyte = vec![0; 1 << 20];
     for _ in 0..bytes >> 20 {
         deflate.write_all(&megabyte).unwrap();
@@ -107,10 +113,12 @@ fn zeros(bytes: u64) -> Vec<u8> {
 
 /// 8 × 8 green pixels.
 fn green() -> Vec<u8> {
-    let row = [&[0][..], &[9, 200, 9].repeat(8)].concat();
-    let mut deflate = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
-    deflate.write_all(&row.repeat(8)).unwrap();
-    deflate.finish().unwrap()
+    endless(&green_rows(8), 0)
+}
+
+/// A square of green pixels, as a PNG stores them before it deflates them.
+fn green_rows(side: usize) -> Vec<u8> {
+    [&[0][..], &[9, 200, 9].repeat(side)].concat().repeat(side)
 }
 
 /// A JPEG that says that it has 5000 × 5000 pixels: the most that decoding takes a pixel.
@@ -181,7 +189,7 @@ async fn each_bomb_is_its_own_error_and_its_neighbours_are_classified() {
         // Under the limit on pixels, and its data would go on for ever.
         (
             "small.png",
-            png(100, 100, &[], &zeros(1 << 30)),
+            png(100, 100, &[], &endless(&green_rows(100), 1 << 30)),
             &["red", "green", "blue", "corrupt_image"],
         ),
         // Metadata that inflates.
