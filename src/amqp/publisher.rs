@@ -4,14 +4,20 @@
 //! takes, on the same connection.
 //!
 //! Every message is mandatory: without that flag RabbitMQ acks and drops what no queue takes.
-//! Confirms are pipelined: each caller waits for its own, all at once.
+//!
+//! Confirms are pipelined: each caller waits for its own, all at once. Each message in flight has a
+//! channel to itself, though. A message that comes back unroutable bears no delivery tag, and lapin
+//! hands it to whichever confirm arrives next, so that on a shared channel a message that nobody has
+//! counts as confirmed. Also lapin counts tags and sends frames in two steps, which two publishers
+//! may take in different orders. A channel with one message has neither problem.
 
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, Event};
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -24,6 +30,10 @@ const CONFIRM: Duration = Duration::from_secs(30);
 /// For so long after a connection was opened, a queue that is missing is only missing yet: a broker
 /// that comes back takes publishers before it has found all its queues.
 const SETTLING: Duration = Duration::from_secs(5);
+
+/// Messages in flight, and so channels, at most. Brokers allow 2,047 channels a connection unless
+/// they are told otherwise, and a confirm takes milliseconds: more would gain nothing.
+const IN_FLIGHT: usize = 64;
 
 /// What became of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +49,7 @@ pub struct Publisher {
     options: AmqpOptions,
     topology: Topology,
     state: Mutex<State>,
+    in_flight: Semaphore,
     /// Why the broker takes nothing for now.
     blocked: watch::Sender<Option<String>>,
 }
@@ -46,22 +57,51 @@ pub struct Publisher {
 #[derive(Default)]
 struct State {
     live: Option<Live>,
-    /// Channels so far, so that of many callers who see one fail only the first replaces it.
+    /// Connections so far, so that of many callers who see one fail only the first replaces it.
     opened: u64,
 }
 
+type Idle = Arc<std::sync::Mutex<Vec<Channel>>>;
+
 struct Live {
     connection: Connection,
-    channel: Channel,
+    /// Channels in confirm mode on which nothing is in flight. The last one used is used next, so
+    /// that there are as many as messages were ever in flight at once.
+    idle: Idle,
     since: Instant,
     _watch: AbortOnDropHandle<()>,
+}
+
+/// A channel for one message. One that is not given back, whatever the reason, is closed: what is
+/// still in flight on it must not be taken for the next message's confirm.
+struct Lease {
+    channel: Channel,
+    /// Where it goes back to.
+    idle: Idle,
+    origin: Origin,
+}
+
+/// Which connection, and since when there is one.
+#[derive(Clone, Copy)]
+struct Origin {
+    number: u64,
+    since: Instant,
+}
+
+/// Why a message was not confirmed.
+enum Refused {
+    /// This channel is of no more use.
+    Channel(String),
+    /// Nor is the connection.
+    Connection(String),
 }
 
 impl Publisher {
     /// A publisher that connects when it is first needed, and declares what it publishes to.
     pub fn new(options: AmqpOptions, topology: Topology) -> Self {
         let blocked = watch::Sender::new(None);
-        Self { options, topology, state: Mutex::default(), blocked }
+        let in_flight = Semaphore::new(IN_FLIGHT);
+        Self { options, topology, state: Mutex::default(), in_flight, blocked }
     }
 
     /// Why the broker takes nothing for now, as it changes.
@@ -96,51 +136,74 @@ impl Publisher {
     ) -> Published {
         let mut backoff = Backoff::default();
         loop {
-            let (channel, number, since) = self.channel().await;
-            let sent = match self.send(&channel, queue, properties, body).await {
-                Ok(Published::Unroutable) if since.elapsed() < SETTLING => {
+            let reason = match self.publish_once(queue, properties, body).await {
+                // Missing yet, perhaps.
+                Ok((Published::Unroutable, from)) if from.since.elapsed() < SETTLING => {
                     tokio::time::sleep(backoff.next()).await;
                     continue;
                 }
-                Ok(Published::Unroutable) if own => Err("there is no such queue".to_owned()),
-                sent => sent,
-            };
-            match sent {
-                Ok(published) => return published,
-                Err(reason) => {
-                    let first = backoff.is_new();
-                    let pause = backoff.next();
-                    // Once a message: it may be refused for hours.
-                    if first {
-                        tracing::warn!(queue, "not confirmed, sent until it is: {reason}");
-                    } else {
-                        tracing::debug!(queue, ?pause, "not confirmed again: {reason}");
-                    }
-                    // A channel that nacked or stayed silent may do so for ever: after a change of
-                    // leader on 3.10 it does.
-                    self.give_up(number).await;
-                    tokio::time::sleep(pause).await;
+                Ok((Published::Unroutable, from)) if own => {
+                    // The next connection declares it.
+                    self.give_up(from.number).await;
+                    "there is no such queue".to_owned()
                 }
+                Ok((published, _)) => return published,
+                Err(reason) => reason,
+            };
+            let first = backoff.is_new();
+            let pause = backoff.next();
+            // Once a message: it may be refused for hours.
+            if first {
+                tracing::warn!(queue, "not confirmed, sent until it is: {reason}");
+            } else {
+                tracing::debug!(queue, ?pause, "not confirmed again: {reason}");
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// One attempt; yields also which connection it was made on.
+    async fn publish_once(
+        &self,
+        queue: &str,
+        properties: &BasicProperties,
+        body: &[u8],
+    ) -> Result<(Published, Origin), String> {
+        // It is never closed; without a permit it would go on all the same.
+        let _permit = self.in_flight.acquire().await.ok();
+        let lease = self.lease().await;
+        match self.send(&lease.channel, queue, properties, body).await {
+            Ok(published) => {
+                lock(&lease.idle).push(lease.channel);
+                Ok((published, lease.origin))
+            }
+            // A channel that nacked may do so for ever: after a change of leader on 3.10 it does.
+            Err(Refused::Channel(reason)) => Err(reason),
+            Err(Refused::Connection(reason)) => {
+                self.give_up(lease.origin.number).await;
+                Err(reason)
             }
         }
     }
 
-    async fn channel(&self) -> (Channel, u64, Instant) {
+    /// A channel, on a new connection if need be.
+    async fn lease(&self) -> Lease {
         let mut state = self.state.lock().await;
-        if let Some(live) = state.live.as_ref().filter(|l| l.channel.status().connected()) {
-            return (live.channel.clone(), state.opened, live.since);
-        }
-        // What is left of the old connection goes first.
-        state.shut().await;
         let mut backoff = Backoff::default();
         loop {
+            match state.lease().await {
+                Ok(Some(lease)) => return lease,
+                Ok(None) => {}
+                Err(error) => tracing::debug!("no channel on the publishing connection: {error}"),
+            }
+            // What is left of the old connection goes first.
+            state.shut().await;
             match self.open().await {
-                Ok((connection, channel)) => {
-                    let (watch, since) = (self.watch(&connection), Instant::now());
-                    let live = Live { connection, channel: channel.clone(), since, _watch: watch };
-                    state.live = Some(live);
+                Ok(connection) => {
+                    let watch = self.watch(&connection);
+                    let (idle, since) = (Idle::default(), Instant::now());
+                    state.live = Some(Live { connection, idle, since, _watch: watch });
                     state.opened += 1;
-                    return (channel, state.opened, since);
                 }
                 Err(error) => {
                     let pause = backoff.next();
@@ -154,12 +217,10 @@ impl Publisher {
         }
     }
 
-    async fn open(&self) -> Result<(Connection, Channel), AmqpError> {
+    async fn open(&self) -> Result<Connection, AmqpError> {
         let connection = connect(&self.options, "publish").await?;
         self.topology.declare(&connection).await?;
-        let channel = connection.create_channel().await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        Ok((connection, channel))
+        Ok(connection)
     }
 
     /// Follows what the broker says of this connection.
@@ -186,6 +247,7 @@ impl Publisher {
         }))
     }
 
+    /// Ends the connection of this number, unless another has taken its place.
     async fn give_up(&self, number: u64) {
         let mut state = self.state.lock().await;
         if state.opened == number {
@@ -199,7 +261,7 @@ impl Publisher {
         queue: &str,
         properties: &BasicProperties,
         body: &[u8],
-    ) -> Result<Published, String> {
+    ) -> Result<Published, Refused> {
         let mandatory = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let confirmed = async {
             channel
@@ -212,15 +274,22 @@ impl Publisher {
             match timeout(CONFIRM, &mut confirmed).await {
                 Ok(answer) => break answer,
                 Err(_) if self.blocked.borrow().is_some() => {}
-                Err(_) => return Err(format!("no confirm within {} s", CONFIRM.as_secs())),
+                Err(_) => {
+                    let reason = format!("no confirm within {} s", CONFIRM.as_secs());
+                    return Err(Refused::Connection(reason));
+                }
             }
         };
         match answer {
             Ok(Confirmation::Ack(None)) => Ok(Published::Confirmed),
             Ok(Confirmation::Ack(Some(_))) => Ok(Published::Unroutable),
-            Ok(Confirmation::Nack(_)) => Err("the broker refused it (nack)".to_owned()),
-            Ok(Confirmation::NotRequested) => Err("confirms are off on this channel".to_owned()),
-            Err(error) => Err(error.to_string()),
+            Ok(Confirmation::Nack(_)) => {
+                Err(Refused::Channel("the broker refused it (nack)".to_owned()))
+            }
+            Ok(Confirmation::NotRequested) => {
+                Err(Refused::Channel("confirms are off on this channel".to_owned()))
+            }
+            Err(error) => Err(Refused::Channel(error.to_string())),
         }
     }
 
@@ -231,9 +300,34 @@ impl Publisher {
 }
 
 impl State {
+    /// A channel of the connection; none without a connection that lives.
+    async fn lease(&mut self) -> Result<Option<Lease>, lapin::Error> {
+        let number = self.opened;
+        let Some(live) = self.live.as_mut().filter(|l| l.connection.status().connected()) else {
+            return Ok(None);
+        };
+        let origin = Origin { number, since: live.since };
+        let idle = Arc::clone(&live.idle);
+        loop {
+            // A statement of its own, so that the lock is free again.
+            let Some(channel) = lock(&idle).pop() else { break };
+            if channel.status().connected() {
+                return Ok(Some(Lease { channel, idle, origin }));
+            }
+        }
+        let channel = live.connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        Ok(Some(Lease { channel, idle, origin }))
+    }
+
     async fn shut(&mut self) {
         if let Some(live) = self.live.take() {
             close(&live.connection).await;
         }
     }
+}
+
+/// Nothing panics while it holds the lock.
+fn lock(idle: &std::sync::Mutex<Vec<Channel>>) -> MutexGuard<'_, Vec<Channel>> {
+    idle.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,7 +1,11 @@
 //! Queues that are full, or gone.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use angler::amqp::publisher::{Published, Publisher};
+use angler::amqp::{AmqpOptions, topology::Topology};
+use lapin::BasicProperties;
 use lapin::options::QueueDeclareOptions;
 use lapin::types::{AMQPValue, FieldTable};
 
@@ -59,4 +63,55 @@ async fn a_jobs_queue_that_is_deleted_is_declared_anew_and_consumed() {
     ledger.collect(&mut results, &after).await;
     ledger.linger(&mut results, Duration::from_millis(500)).await;
     assert_eq!((ledger.all_done(), ledger.duplicates), (1, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_messages_at_once_those_that_no_queue_takes_are_told_from_those_that_one_has() {
+    let world = World::new().await;
+    let client = world.broker.connect().await;
+    let options = AmqpOptions {
+        url: world.broker.url.clone(),
+        ca_file: None,
+        client_cert_file: None,
+        client_key_file: None,
+        name: "many".into(),
+    };
+    let topology = Topology {
+        jobs: "angler.jobs".into(),
+        results: "angler.results".into(),
+        dead: "angler.dead".into(),
+        control_exchange: "angler.control".into(),
+        retry_delays: vec![],
+    };
+    let publisher = Arc::new(Publisher::new(options, topology));
+    let properties = BasicProperties::default();
+    // The first also waits until a queue that is missing cannot be one that a broker which just
+    // started has not found yet.
+    assert_eq!(publisher.publish("none", &properties, b"").await, Published::Unroutable);
+    for round in 0..5 {
+        let sent = (0..100).map(|number| {
+            let (publisher, properties) = (Arc::clone(&publisher), properties.clone());
+            tokio::spawn(async move {
+                let (queue, expected) = match number % 4 {
+                    0 => ("none", Published::Unroutable),
+                    _ => ("angler.results", Published::Confirmed),
+                };
+                let body = format!("{round}/{number}");
+                let published = publisher.publish(queue, &properties, body.as_bytes()).await;
+                assert_eq!(published, expected, "{body}");
+            })
+        });
+        for sent in sent.collect::<Vec<_>>() {
+            sent.await.unwrap();
+        }
+    }
+    let mut taken = Vec::new();
+    while let Some(message) = client.get("angler.results").await {
+        taken.push(message.raw);
+    }
+    taken.sort_unstable();
+    let all = taken.len();
+    taken.dedup();
+    assert_eq!((all, taken.len()), (375, 375), "each once");
+    publisher.close().await;
 }

@@ -15,12 +15,14 @@ use crate::support::{Broker, Setup, Worker};
 pub struct Fleet {
     setup: Setup,
     workers: Vec<Worker>,
+    /// What those who are gone have logged.
+    past: Vec<String>,
     peak_kib: u64,
 }
 
 impl Fleet {
     pub async fn start(setup: Setup, count: usize) -> Self {
-        let mut fleet = Self { setup, workers: Vec::new(), peak_kib: 0 };
+        let mut fleet = Self { setup, workers: Vec::new(), past: Vec::new(), peak_kib: 0 };
         for _ in 0..count {
             fleet.workers.push(fleet.setup.start().await);
         }
@@ -48,6 +50,7 @@ impl Fleet {
             let ended = old.ended().await;
             assert!(ended.success(), "a worker ended with {ended}:\n{}", old.log());
         }
+        self.past.push(old.log());
         drop(old);
         self.workers.push(self.setup.launch().await);
     }
@@ -67,7 +70,8 @@ impl Fleet {
     }
 
     pub fn logs(&self) -> String {
-        self.workers.iter().map(Worker::log).collect::<Vec<_>>().join("\n---\n")
+        let past = self.past.iter().cloned();
+        past.chain(self.workers.iter().map(Worker::log)).collect::<Vec<_>>().join("\n---\n")
     }
 
     /// In order, so that nothing is done twice.

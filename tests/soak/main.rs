@@ -84,8 +84,9 @@ async fn whatever_fails_every_job_ends_once() {
         fleet.look_after();
         assert!(
             calm.elapsed() < CALM,
-            "seed {seed}: without an outcome: {:?}\n{}",
+            "seed {seed}: without an outcome: {:?}, queues {:?}\n{}",
             ledger.missing(),
+            broker.depths(),
             fleet.logs()
         );
         tokio::time::sleep(Duration::from_millis(100)).await;

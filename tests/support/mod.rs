@@ -134,6 +134,15 @@ impl Broker {
         answer.get("messages").and_then(Value::as_u64)
     }
 
+    /// Messages in each queue of this virtual host, ready and not acked.
+    pub fn depths(&self) -> Vec<String> {
+        let queues = self.manage("GET", &format!("queues/{}", self.vhost), None);
+        let of = |q: &Value| {
+            format!("{}: {} + {}", q["name"], q["messages_ready"], q["messages_unacknowledged"])
+        };
+        queues.as_array().map(|queues| queues.iter().map(of).collect()).unwrap_or_default()
+    }
+
     /// What the management API says of a queue.
     pub fn queue(&self, queue: &str) -> Value {
         self.manage("GET", &format!("queues/{}/{queue}", self.vhost), None)
