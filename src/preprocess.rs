@@ -7,6 +7,8 @@
 //!    declares, a list of four thousand million offsets.
 //! 3. `decode`: the declared size is held against the limit before pixel memory is allocated, then
 //!    the file is decoded and brought to 8-bit RGB, transparency over white.
+//!    A large JPEG is decoded at a fraction of its size instead (`jpeg`), if that leaves more pixels
+//!    than the model wants: most of its cosines need not be summed then, nor its pixels resized.
 //! 4. `resize`: only the part that the crop keeps is resized, straight out of the stored picture.
 //!    The EXIF orientation is applied last, to the few pixels that remain: turning a phone's photo
 //!    at full size would cost as much as resizing it.
@@ -16,6 +18,7 @@
 
 mod container;
 mod decode;
+mod jpeg;
 mod resize;
 mod sniff;
 mod tiff;
@@ -95,6 +98,6 @@ pub fn preprocess(
     limits: PixelLimits,
 ) -> Result<Pixels, ImageError> {
     resize::check(spec)?;
-    let stored = decode::decode_stored(bytes, limits)?;
+    let stored = decode::decode_for(bytes, spec, limits)?;
     resize::to_pixels(&stored, spec)
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use angler::embed::{self, Backend, BackendChoice, Embedder};
 use angler::model::Model;
-use angler::preprocess::{PixelLimits, PixelSpec, preprocess};
+use angler::preprocess::{PixelLimits, PixelSpec, decode, preprocess};
 use ndarray::{Array2, Array4, Axis};
 use prost::Message;
 use serde::Deserialize;
@@ -148,6 +148,35 @@ impl Reference {
 }
 
 // Parity.
+
+#[test]
+fn large_photos_decoded_at_a_fraction_of_their_size_embed_as_if_decoded_whole() {
+    use image::ImageFormat::{Bmp, Jpeg};
+    use image::imageops;
+    let model = load(DEFAULT);
+    let limits = PixelLimits { max_pixels: 50_000_000 };
+    let seen = |bytes: &[u8]| preprocess(bytes, &model.pixels, limits).unwrap().data.into_vec();
+    let mut embedder = open(&model, BackendChoice::Onnxruntime);
+    // 2 eighths, and the two that leave the least to the resampling filter: 3 and 1.
+    for (width, height) in [(4000, 3000), (1600, 1200), (4800, 3600)] {
+        let (mut reduced, mut whole) = (Vec::new(), Vec::new());
+        for file in files("samples/photos") {
+            let photo = decode(&std::fs::read(&file).unwrap(), limits).unwrap();
+            let large = imageops::resize(&photo, width, height, imageops::FilterType::CatmullRom);
+            let written = |image: &image::RgbImage, format| {
+                let mut bytes = std::io::Cursor::new(Vec::new());
+                image.write_to(&mut bytes, format).unwrap();
+                bytes.into_inner()
+            };
+            let jpeg = written(&large, Jpeg);
+            reduced.push(seen(&jpeg));
+            whole.push(seen(&written(&decode(&jpeg, limits).unwrap(), Bmp)));
+        }
+        let reduced = embeddings(embedder.as_mut(), &model, &reduced);
+        let whole = embeddings(embedder.as_mut(), &model, &whole);
+        assert_near(&format!("{width} × {height}"), &reduced, &whole, 0.998);
+    }
+}
 
 #[test]
 fn the_default_model_sees_the_samples_as_its_reference_does() {

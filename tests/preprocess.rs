@@ -239,3 +239,42 @@ fn a_thread_thin_image_is_resized() {
         assert!(pixels.data.chunks_exact(3).all(|pixel| pixel == [1, 2, 3]));
     }
 }
+
+/// A JPEG of these pixels, with an EXIF orientation if one is given.
+fn jpeg(image: &image::RgbImage, orientation: Option<u8>) -> Vec<u8> {
+    use image::ImageEncoder;
+    let mut bytes = Vec::new();
+    let mut encoder = image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 90);
+    if let Some(orientation) = orientation {
+        // One entry, 0x0112, big endian.
+        let mut exif = b"MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0".to_vec();
+        exif.extend([orientation, 0, 0, 0, 0, 0, 0]);
+        encoder.set_exif_metadata(exif).unwrap();
+    }
+    encoder.encode_image(image).unwrap();
+    bytes
+}
+
+#[test]
+fn a_large_jpeg_decoded_at_a_fraction_of_its_size_looks_as_if_decoded_whole() {
+    use image::imageops::{FilterType, resize};
+    let photo =
+        decode(&std::fs::read(root().join("samples/photos/chelsea.png")).unwrap(), LIMITS).unwrap();
+    // 1, 2, 3 and 4 eighths; sides that no fraction divides.
+    for (width, height) in [(5003, 3607), (3999, 2661), (1807, 1203), (1611, 1083)] {
+        let large = resize(&photo, width, height, FilterType::CatmullRom);
+        for orientation in [None, Some(3), Some(6), Some(7)] {
+            let bytes = jpeg(&large, orientation);
+            let got = preprocess(&bytes, &EFFICIENTNET, LIMITS).unwrap();
+            // All of it, as a BMP, which has no fractions.
+            let mut whole = std::io::Cursor::new(Vec::new());
+            let decoded = decode(&bytes, LIMITS).unwrap();
+            decoded.write_to(&mut whole, image::ImageFormat::Bmp).unwrap();
+            let wanted = preprocess(whole.get_ref(), &EFFICIENTNET, LIMITS).unwrap();
+            let (mean, max) = difference(&got.data, &wanted.data);
+            println!("{width} × {height}, {orientation:?}: mean {mean:.3}, max {max}");
+            assert!(mean > 0.0, "it was decoded whole");
+            assert!(mean < 1.0, "{width} × {height}, {orientation:?}: mean {mean}, max {max}");
+        }
+    }
+}

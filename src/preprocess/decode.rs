@@ -7,7 +7,7 @@ use std::panic::catch_unwind;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageBuffer, ImageDecoder, ImageFormat, ImageReader, Pixel, RgbImage};
 
-use super::{PixelLimits, container, resize, sniff};
+use super::{PixelLimits, PixelSpec, container, jpeg, resize, sniff};
 use crate::error::{ImageError, ImageErrorCode};
 
 /// The longest side that is taken, in pixels: what JPEG, GIF and BMP can say at most. A longer one
@@ -26,8 +26,12 @@ const REASON_CHARS: usize = 200;
 
 /// A decoded picture as the file stores it, and what turns it upright.
 pub(super) struct Stored {
-    /// 8-bit RGB, shape [H, W, 3].
+    /// 8-bit RGB, shape [H, W, 3], at `eighths` eighths of the file's size, rounded up.
     pub image: RgbImage,
+    /// Width and height in the file, in pixels.
+    pub size: (u32, u32),
+    /// 8, unless a JPEG was decoded at less than its size.
+    pub eighths: u8,
     /// To be applied; the pixels are still as stored.
     pub orientation: Orientation,
 }
@@ -40,15 +44,27 @@ pub(super) struct Stored {
 /// # Errors
 /// As [`preprocess`](super::preprocess).
 pub fn decode(bytes: &[u8], limits: PixelLimits) -> Result<RgbImage, ImageError> {
-    let stored = decode_stored(bytes, limits)?;
+    let stored = decode_stored(bytes, None, limits)?;
     Ok(resize::upright(stored.image, stored.orientation))
 }
 
-/// Decodes without turning upright.
-pub(super) fn decode_stored(bytes: &[u8], limits: PixelLimits) -> Result<Stored, ImageError> {
+/// Decodes without turning upright, and no larger than `spec` has use for.
+pub(super) fn decode_for(
+    bytes: &[u8],
+    spec: &PixelSpec,
+    limits: PixelLimits,
+) -> Result<Stored, ImageError> {
+    decode_stored(bytes, Some(spec), limits)
+}
+
+fn decode_stored(
+    bytes: &[u8],
+    spec: Option<&PixelSpec>,
+    limits: PixelLimits,
+) -> Result<Stored, ImageError> {
     let format = sniff::format(bytes)?;
     // The decoders are other people's and the bytes are anyone's. A panic must cost this image only.
-    catch_unwind(|| decode_format(bytes, format, limits)).unwrap_or_else(|_| {
+    catch_unwind(|| decode_format(bytes, format, spec, limits)).unwrap_or_else(|_| {
         Err(ImageError::new(
             ImageErrorCode::Internal,
             format!("the {} decoder panicked", name(format)),
@@ -59,6 +75,7 @@ pub(super) fn decode_stored(bytes: &[u8], limits: PixelLimits) -> Result<Stored,
 fn decode_format(
     bytes: &[u8],
     format: ImageFormat,
+    spec: Option<&PixelSpec>,
     limits: PixelLimits,
 ) -> Result<Stored, ImageError> {
     let checked = container::check(bytes, format, limits)?;
@@ -95,8 +112,15 @@ fn decode_format(
         Some(orientation) => orientation,
         None => decoder.orientation().unwrap_or(Orientation::NoTransforms),
     };
+    let size = (width, height);
+    if format == ImageFormat::Jpeg
+        && let Some(eighths) = spec.and_then(|spec| resize::eighths(size, orientation, spec))
+        && let Some(image) = jpeg::decode_at(checked.bytes, size, eighths)
+    {
+        return Ok(Stored { image, size, eighths, orientation });
+    }
     let image = DynamicImage::from_decoder(decoder).map_err(|e| refusal(format, &e))?;
-    Ok(Stored { image: to_rgb(image), orientation })
+    Ok(Stored { image: to_rgb(image), size, eighths: 8, orientation })
 }
 
 /// Holds a declared size against the limits.

@@ -18,6 +18,12 @@ use super::decode::Stored;
 use super::{Filter, PixelSpec, Pixels, Resize};
 use crate::error::{ImageError, ImageErrorCode};
 
+/// Pixels along a side for each that is wanted, at least, in a picture decoded at less than its size:
+/// a box filter is a poor one, and the resampling filter after it must have something left to do.
+/// Over the sample photos, written at 0.7 to 17 megapixels, the embeddings' cosine with those of
+/// whole decoding is then 0.998 or more; with 1.46 pixels it was 0.997, with 1.17 0.993.
+const SPARE: f64 = 1.75;
+
 /// Refuses a spec that no image can meet. Loading a model refuses it first, with a better message.
 pub(super) fn check(spec: &PixelSpec) -> Result<(), ImageError> {
     let empty = spec.width == 0 || spec.height == 0;
@@ -35,7 +41,7 @@ pub(super) fn check(spec: &PixelSpec) -> Result<(), ImageError> {
 /// Resizes, crops and turns upright: shape [spec.height, spec.width, 3]. `spec` was checked.
 pub(super) fn to_pixels(stored: &Stored, spec: &PixelSpec) -> Result<Pixels, ImageError> {
     let turn = Turn::of(stored.orientation);
-    let (stored_width, stored_height) = stored.image.dimensions();
+    let (stored_width, stored_height) = stored.size;
     let (width, height) = turn.swapped((stored_width, stored_height));
     let shorter = width.min(height);
     let axis = |source, wanted| match spec.resize {
@@ -47,13 +53,17 @@ pub(super) fn to_pixels(stored: &Stored, spec: &PixelSpec) -> Result<Pixels, Ima
     let x = x.mirrored_if(turn.mirror_x, stored_width);
     let y = y.mirrored_if(turn.mirror_y, stored_height);
 
+    // As they lie in what was decoded of it.
     let image = &stored.image;
+    let (image_width, image_height) = image.dimensions();
+    let x = x.reduced(stored.eighths, image_width);
+    let y = y.reduced(stored.eighths, image_height);
     let resized = if turn.swap {
-        let near = x.reach(spec.filter, stored_width);
+        let near = x.reach(spec.filter, image_width);
         let half_way = convolve(image, near, y, spec.filter)?;
         convolve(&half_way, x.within(near), Axis::kept(0, y.pixels), spec.filter)?
     } else {
-        let near = y.reach(spec.filter, stored_height);
+        let near = y.reach(spec.filter, image_height);
         let half_way = convolve(image, x, near, spec.filter)?;
         convolve(&half_way, Axis::kept(0, x.pixels), y.within(near), spec.filter)?
     };
@@ -62,6 +72,23 @@ pub(super) fn to_pixels(stored: &Stored, spec: &PixelSpec) -> Result<Pixels, Ima
         height: spec.height,
         data: upright(resized, stored.orientation).into_raw().into_boxed_slice(),
     })
+}
+
+/// How many eighths of a stored picture's size are enough for `spec`: the fewest that leave
+/// [`SPARE`] pixels for each that is wanted. None if no fewer than all.
+pub(super) fn eighths(
+    stored: (u32, u32),
+    orientation: Orientation,
+    spec: &PixelSpec,
+) -> Option<u8> {
+    let (width, height) = Turn::of(orientation).swapped(stored);
+    let (width, height) = (f64::from(width), f64::from(height));
+    let shrunk = match spec.resize {
+        Resize::ShorterSide(side) => width.min(height) / f64::from(side),
+        Resize::Exact => (width / f64::from(spec.width)).min(height / f64::from(spec.height)),
+    };
+    // With more than a half, decoding whole is as fast.
+    [1, 2, 3, 4].into_iter().find(|eighths| shrunk * f64::from(*eighths) / 8.0 >= SPARE)
 }
 
 /// Applies an EXIF orientation.
@@ -113,6 +140,17 @@ impl Axis {
         // Rounding may put the end a hair past the source's, which the resizer would refuse.
         let length = (f64::from(wanted) * scale).min(f64::from(source) - start);
         Self { start, length, pixels: wanted }
+    }
+
+    /// The same stretch of the source at so many eighths of its size, `source` pixels then.
+    fn reduced(self, eighths: u8, source: u32) -> Self {
+        if eighths == 8 {
+            return self;
+        }
+        let factor = f64::from(eighths) / 8.0;
+        let start = self.start * factor;
+        let length = (self.length * factor).min(f64::from(source) - start);
+        Self { start, length, ..self }
     }
 
     /// `pixels` pixels taken as they are.
@@ -215,7 +253,9 @@ mod tests {
     }
 
     fn pixels(image: RgbImage, orientation: Orientation, spec: &PixelSpec) -> Vec<u8> {
-        let pixels = to_pixels(&Stored { image, orientation }, spec).unwrap();
+        let pixels =
+            to_pixels(&Stored { size: image.dimensions(), eighths: 8, image, orientation }, spec)
+                .unwrap();
         assert_eq!((pixels.width, pixels.height), (spec.width, spec.height));
         assert_eq!(pixels.data.len(), spec.width as usize * spec.height as usize * 3);
         pixels.data.into_vec()
