@@ -26,6 +26,7 @@ macro_rules! suite {
 #[path = "../support/mod.rs"]
 mod support;
 
+mod acks;
 mod folder_source;
 mod image_store;
 mod job_source;
