@@ -33,6 +33,7 @@ mod job_source;
 mod object_store;
 mod result_sink;
 mod s3_answers;
+mod shared_store;
 
 /// The outcome of what must not take long.
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
