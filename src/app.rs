@@ -27,6 +27,7 @@ use crate::source::JobSource;
 use crate::source::amqp::AmqpSource;
 use crate::store::local::{LocalImages, LocalObjects};
 use crate::store::s3::{self, S3Images, S3Objects, S3Uri};
+use crate::store::shared::SharedImages;
 use crate::store::{ImageStore, ObjectStore, Routed};
 use crate::watchdog;
 use crate::worker::{Worker, WorkerOptions};
@@ -203,7 +204,7 @@ impl App {
         }
         let shadow = s.shadow()?.map(|selector| Arc::new(Shadow::new(selector)));
         readiness.set_warm();
-        let store = Arc::new(self.s3_images().await?);
+        let store = Arc::new(SharedImages::new(Arc::new(self.s3_images().await?)));
         let limits = s.image_limits();
         let pipeline = Pipeline::new(store, engine.clone(), model.pixels.clone(), &limits);
         let pipeline = Arc::new(pipeline.watched_by(Arc::new(self.outage())));
