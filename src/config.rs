@@ -103,6 +103,7 @@ section!(/** `[limits]` */ LimitsSettings {
     image_pixels: u64,
     images_in_flight: usize,
     bytes_in_flight: usize,
+    decoders: usize,
     image_seconds: f64,
     job_seconds: f64,
     stall_seconds: f64,
@@ -166,7 +167,6 @@ impl Settings {
         let l = &self.limits;
         let positive = [
             ("embedder.max_batch", e.max_batch),
-            ("embedder.sessions", e.sessions),
             ("amqp.prefetch", usize::from(self.amqp.prefetch)),
             ("s3.concurrency", self.s3.concurrency),
             ("limits.images_per_job", l.images_per_job),
@@ -229,6 +229,7 @@ impl Settings {
             devices: e.devices.clone(),
             threads: e.threads,
             sessions: e.sessions,
+            max_batch: e.max_batch,
             allow_fallback: e.allow_fallback,
             onnxruntime_library: path(&e.onnxruntime_library),
         }
@@ -251,7 +252,10 @@ impl Settings {
             images_in_flight: l.images_in_flight,
             bytes_in_flight: l.bytes_in_flight,
             image_time: Duration::from_secs_f64(l.image_seconds),
-            decoders: std::thread::available_parallelism().map_or(1, usize::from),
+            decoders: match l.decoders {
+                0 => std::thread::available_parallelism().map_or(1, usize::from),
+                some => some,
+            },
         }
     }
 
