@@ -32,6 +32,7 @@ PER_JOB = 64
 SIZES = {"small": ((320, 240), 90), "camera": ((1600, 1200), 87)}  # pixels and JPEG quality
 # Images of different content; under further keys the same content comes again.
 CONTENTS = 160
+REFERENCES = 4  # images a class
 # A worker that answers nothing for so long has failed.
 SILENCE_SECONDS = 120
 
@@ -122,10 +123,12 @@ class Servers:
             connection.close()
 
 
+PHOTOS = sorted((ROOT / "samples/photos").iterdir())
+
+
 def photo(kind, number):
     """A crop of a photo, with some noise, as a camera's picture has."""
-    paths = sorted((ROOT / "samples/photos").iterdir())
-    source = Image.open(paths[number % len(paths)]).convert("RGB")
+    source = Image.open(PHOTOS[number % len(PHOTOS)]).convert("RGB")
     size, quality = SIZES[kind]
     width = int(source.width * (0.6 + 0.4 * ((number * 37) % 100) / 100))
     height = min(source.height, width * 3 // 4)
@@ -162,7 +165,12 @@ class Bench:
         }
 
     def __enter__(self):
-        build = ["classes", "build", ROOT / "samples/fashion/reference", "--set", "peer", "--version", "1"]
+        # A class is one of the photos; other crops of it than those of the jobs make its vector.
+        for number in range(CONTENTS, CONTENTS + REFERENCES * len(PHOTOS)):
+            path = pathlib.Path(self.folder, "reference", PHOTOS[number % len(PHOTOS)].stem, f"{number}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(photo("camera", number))
+        build = ["classes", "build", f"{self.folder}/reference", "--set", "peer", "--version", "1"]
         done = subprocess.run([self.binary, *build], env=self.env, cwd=self.folder, capture_output=True, text=True)
         if done.returncode:
             shutil.rmtree(self.folder)
@@ -255,20 +263,24 @@ def results(channel, worker, count):
             return
 
 
-def labels(bodies):
+def answers(bodies):
+    """The label and the score of each URI; a job or an image that failed ends the run."""
     found = {}
     for body in bodies:
         result = json.loads(body)
-        if result["status"] != "done" or any("error" in image for image in result["images"]):
-            sys.exit(f"a job was not classified: {body.decode()[:500]}")
-        found |= {image["uri"]: image["label"] for image in result["images"]}
+        if result["status"] != "done":
+            sys.exit(f"job {result['id']} failed: {result.get('error')}")
+        for image in result["images"]:
+            if "error" in image:
+                sys.exit(f"{image['uri']} in job {result['id']} was not classified: {image['error']}")
+        found |= {image["uri"]: (image["label"], image["score"]) for image in result["images"]}
     return found
 
 
 def warm(channel, worker, uris):
     """A first job, which is not counted: libraries load, class vectors are read, buffers are made."""
     publish(channel, "warm", uris[:PER_JOB])
-    labels(results(channel, worker, 1))
+    answers(results(channel, worker, 1))
 
 
 def declare_queues(bench):

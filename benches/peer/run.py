@@ -32,7 +32,7 @@ import procfs
 from harness import PER_JOB, ROOT
 
 PACKAGES = ["onnxruntime", "pillow", "numpy", "boto3", "pika", "mosec"]
-COLUMNS = ["model", "images", "way", "images/s", "angler is", "same labels", "peak memory", "CPU ms an image: worker", "broker", "store"]
+COLUMNS = ["model", "images", "way", "images/s", "angler is", "same labels", "scores within", "peak memory", "CPU ms an image: worker", "broker", "store"]
 
 
 def arguments():
@@ -61,7 +61,7 @@ def arguments():
 
 
 def measure(bench, way, uris):
-    """One way, once: what it took, and the label of each image."""
+    """One way, once: what it took, and the label and score of each image."""
     with bench.worker(way) as worker, bench.servers.channel() as channel:
         harness.warm(channel, worker, uris)
         jobs = harness.jobs_of(uris)
@@ -75,7 +75,7 @@ def measure(bench, way, uris):
         used = {name: None if after[name] is None else (after[name] - before[name]) / len(uris) for name in after}
         peak = procfs.memory(worker.pids(), "VmHWM")
         run = {"images_per_second": len(uris) / seconds, "peak_bytes": peak, "cpu_seconds_per_image": used}
-        return run, harness.labels(bodies)
+        return run, harness.answers(bodies)
 
 
 def compare(bench, ways, uris, rounds):
@@ -91,7 +91,9 @@ def compare(bench, ways, uris, rounds):
         for way in ways:
             run = runs[way][-1]
             run["ratio"] = runs["angler"][-1]["images_per_second"] / run["images_per_second"]
-            run["same_labels"] = statistics.mean(found["angler"][uri] == found[way][uri] for uri in uris)
+            pairs = [(found["angler"][uri], found[way][uri]) for uri in uris]
+            run["same_labels"] = statistics.mean(ours[0] == theirs[0] for ours, theirs in pairs)
+            run["scores_within"] = max(abs(ours[1] - theirs[1]) for ours, theirs in pairs)
     return runs
 
 
@@ -105,6 +107,7 @@ def summary(runs):
         "images_per_second": median(lambda run: run["images_per_second"]),
         "ratio": median(lambda run: run["ratio"]),
         "same_labels": min(run["same_labels"] for run in runs),
+        "scores_within": max(run["scores_within"] for run in runs),
         "peak_bytes": max(run["peak_bytes"] for run in runs),
         "cpu_seconds_per_image": {name: median(lambda run: run["cpu_seconds_per_image"][name]) for name in used},
     }
@@ -113,9 +116,10 @@ def summary(runs):
 def row(model, kind, way, figures):
     used = figures["cpu_seconds_per_image"]
     cpu = ["–" if used[name] is None else f"{used[name] * 1e3:.1f}" for name in ["worker", "broker", "store"]]
-    ratio = "" if way == "angler" else f"{figures['ratio']:.2f} ×"
-    same = "" if way == "angler" else f"{100 * figures['same_labels']:.1f} %"
-    return [model, kind, way, f"{figures['images_per_second']:.1f}", ratio, same, f"{figures['peak_bytes'] / 1e6:.0f} MB", *cpu]
+    beside = [f"{figures['ratio']:.2f} ×", f"{100 * figures['same_labels']:.1f} %", f"{figures['scores_within']:.4f}"]
+    if way == "angler":
+        beside = [""] * len(beside)
+    return [model, kind, way, f"{figures['images_per_second']:.1f}", *beside, f"{figures['peak_bytes'] / 1e6:.0f} MB", *cpu]
 
 
 def table(rows):
@@ -143,7 +147,7 @@ def watch_memory(bench, images, total):
             harness.publish(channel, f"job/{number}", jobs[number % len(jobs)])
         done, step = 0, min(10_000, max(PER_JOB, total // 10))
         for body in harness.results(channel, worker, count):
-            before, done = done, done + len(harness.labels([body]))
+            before, done = done, done + len(harness.answers([body]))
             if done // step > before // step or done >= total > before:
                 sample(done)
     return samples
@@ -157,7 +161,7 @@ def about(args, servers):
         "date": datetime.date.today().isoformat(),
         "machine": procfs.machine(),
         "versions": {
-            "angler": f"{angler} ({commit.stdout.strip()}, ONNX Runtime {library})",
+            "angler": f"{angler.split()[-1]} ({commit.stdout.strip()}, ONNX Runtime {library})",
             "python": sys.version.split()[0],
             **{package: importlib.metadata.version(package) for package in PACKAGES},
             **servers.versions(),

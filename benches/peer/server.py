@@ -9,10 +9,14 @@ Both shapes are in its documentation; settings as in worker.py. Each of its proc
 
 import os
 import sys
+import warnings
 
 import mosec
 
 from worker import Classifier, Decoder, tunable
+
+# It warns at each batch of encoded camera photos that it is large.
+warnings.filterwarnings("ignore", "IPC data")
 
 CORES = os.cpu_count()
 BATCH = tunable("SERVER_BATCH", 16)
