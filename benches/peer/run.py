@@ -9,7 +9,7 @@
 
 The ways: `batched` and `one-by-one` of worker.py; `mosec` and `mosec-stages`, the two shapes of server.py.
 
-Two kinds of photos are made of samples/photos: small ones of 320 × 240 (about 22 kB), and 1600 × 1200 as a camera makes
+Two kinds of photos are made of samples/photos: small ones of 320 × 240 (about 26 kB), and 1600 × 1200 as a camera makes
 them. In each round each way gets all images as jobs of 64, after a first job that is not counted; the time runs from
 the first job's publication to the last result. The next round begins with the next way. Nothing else should run on
 the machine.
@@ -178,7 +178,8 @@ def main():
         machine = report["machine"]
         print(f"{report['date']}, {machine['cores']} cores of {machine['cpu']}, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}")
         print(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
-        print(f"{args.images} images of each kind in jobs of {PER_JOB}, {args.rounds} rounds", flush=True)
+        plan = f"memory over {args.memory} images" if args.memory else f"{args.rounds} rounds"
+        print(f"{args.images} images of each kind in jobs of {PER_JOB}, {plan}", flush=True)
         images = {kind: servers.upload(kind, args.images) for kind in args.kinds}
         rows = [COLUMNS]
         for model in args.model:
