@@ -10,21 +10,24 @@ use angler::store::shared::SharedImages;
 use angler::store::{ByteBudget, Fetched, ImageStore};
 use async_trait::async_trait;
 use futures_util::future::join_all;
+use tokio::sync::Semaphore;
 
 use super::soon;
 use super::support::proxy::Proxy;
 use super::support::{Bucket, s3_client_at, var};
 
-/// Counts what reaches the store behind it.
+/// Counts what reaches the store behind it, and holds it until it is let through.
 struct Counted {
     store: S3Images,
     fetches: AtomicUsize,
+    gate: Semaphore,
 }
 
 #[async_trait]
 impl ImageStore for Counted {
     async fn fetch(&self, uri: &str, budget: &ByteBudget) -> Result<Fetched, ImageError> {
         self.fetches.fetch_add(1, Ordering::SeqCst);
+        self.gate.acquire().await.unwrap().forget();
         self.store.fetch(uri, budget).await
     }
 }
@@ -43,11 +46,11 @@ async fn a_hundred_who_ask_at_once_make_one_request() {
     let store = Arc::new(Counted {
         store: S3Images::new(bucket.client.clone(), &options()),
         fetches: AtomicUsize::new(0),
+        gate: Semaphore::new(0),
     });
     let images = SharedImages::new(store.clone());
     let budget = ByteBudget::new(0, 300_000);
-    let fetched =
-        soon("all have it", join_all((0..100).map(|_| images.fetch(&uri, &budget)))).await;
+    let fetched = soon("all have it", hundred(&images, &uri, &budget, &store.gate)).await;
     for fetched in &fetched {
         assert!(fetched.as_ref().unwrap().bytes == body);
     }
@@ -55,10 +58,24 @@ async fn a_hundred_who_ask_at_once_make_one_request() {
     // The budget has room for one of them.
     drop(fetched);
     drop(soon("the budget is whole again", budget.reserve(300_000)).await.unwrap());
-    let errors =
-        soon("all know", join_all((0..100).map(|_| images.fetch(&missing, &budget)))).await;
+    let errors = soon("all know", hundred(&images, &missing, &budget, &store.gate)).await;
     assert!(errors.iter().all(Result::is_err));
     assert_eq!(store.fetches.load(Ordering::SeqCst), 2);
+}
+
+/// A hundred have asked before the store answers.
+async fn hundred(
+    images: &SharedImages,
+    uri: &str,
+    budget: &ByteBudget,
+    gate: &Semaphore,
+) -> Vec<Result<Fetched, ImageError>> {
+    let mut waiting: Vec<_> = (0..100).map(|_| images.fetch(uri, budget)).collect();
+    for fetch in &mut waiting {
+        assert!(futures_util::poll!(fetch).is_pending());
+    }
+    gate.add_permits(1);
+    join_all(waiting).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
