@@ -38,6 +38,8 @@ fn try_open(model: &Model, choice: BackendChoice) -> Result<embed::Opened, embed
         threads: 0,
         sessions: 1,
         allow_fallback: false,
+        scoring: embed::Scoring::Host,
+        graph_bytes: 0,
         onnxruntime_library: library,
     };
     embed::open(model, &options)

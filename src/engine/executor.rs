@@ -12,9 +12,9 @@ use std::time::Instant;
 use ndarray::{Array2, ArrayView4, Axis};
 use tokio::sync::{mpsc, watch};
 
-use super::{Batch, EngineStats, Item, Scored, SubmitError, Want};
+use super::{Batch, EngineStats, Item, Scored, SubmitError, Want, scoring};
 use crate::classes::ClassVectors;
-use crate::embed::{EmbedError, Embedder};
+use crate::embed::{EmbedError, Embedder, Scores};
 use crate::error::{ImageError, ImageErrorCode};
 use crate::score::{ClassScore, Scorer, normalise};
 use crate::watchdog::Step;
@@ -42,7 +42,8 @@ pub(super) fn spawn(
     let thread = std::thread::Builder::new()
         .name(format!("angler-embed-{lane}"))
         .spawn(move || {
-            let mut executor = Executor { embedder, size, pixels: Vec::new(), shared };
+            let mut executor =
+                Executor { embedder, size, pixels: Vec::new(), scoring_failed: false, shared };
             let result = executor.warm();
             let ready = result.is_ok();
             // Nobody waits any more only if the start was given up.
@@ -60,7 +61,16 @@ struct Executor {
     size: (u32, u32),
     /// The batch's pixels, [N, H, W, 3], allocated once.
     pixels: Vec<u8>,
+    /// Whether it has been said that the back end could not score a batch.
+    scoring_failed: bool,
     shared: Shared,
+}
+
+/// How far the back end brought a batch.
+enum Ran {
+    Scored(Scores),
+    /// [N, dim], not normalised.
+    Embedded(Array2<f32>),
 }
 
 impl Executor {
@@ -92,8 +102,16 @@ impl Executor {
         for item in &items {
             self.pixels.extend_from_slice(&item.pixels.data);
         }
-        match self.embed(items.len()) {
-            Ok(embeddings) => {
+        let ran = match self.classify(&items) {
+            Some(scores) => scores.map(Ran::Scored),
+            None => self.embed(items.len()).map(Ran::Embedded),
+        };
+        match ran {
+            Ok(Ran::Scored(scores)) => {
+                scoring::answer(items, scores);
+                ControlFlow::Continue(())
+            }
+            Ok(Ran::Embedded(embeddings)) => {
                 answer(items, embeddings, &self.shared.scorer);
                 ControlFlow::Continue(())
             }
@@ -123,20 +141,50 @@ impl Executor {
         ControlFlow::Continue(())
     }
 
-    /// Embeds the first `images` of `self.pixels`. A panic in the back end is an error of the
-    /// batch.
+    /// Lets the back end score the batch, if it can and all want the same. None: the batch is to
+    /// be embedded, and scored here.
+    fn classify(&mut self, items: &[Item]) -> Option<Result<Scores, EmbedError>> {
+        let against = scoring::against(items)?;
+        let classified =
+            self.run_model(items.len(), |embedder, pixels| embedder.classify(pixels, &against));
+        match classified.unwrap_or_else(|error| Some(Err(error)))? {
+            Ok(scores) => {
+                self.shared.stats.in_graph.fetch_add(1, Ordering::Relaxed);
+                Some(Ok(scores))
+            }
+            Err(EmbedError::Broken(reason)) => Some(Err(EmbedError::Broken(reason))),
+            Err(EmbedError::Batch(reason)) => {
+                if !std::mem::replace(&mut self.scoring_failed, true) {
+                    tracing::warn!("a batch could not be scored in the graph: {reason}");
+                }
+                None
+            }
+        }
+    }
+
+    /// Embeds the first `images` of `self.pixels`.
     fn embed(&mut self, images: usize) -> Result<Array2<f32>, EmbedError> {
+        self.run_model(images, |embedder, pixels| embedder.embed(pixels)).flatten()
+    }
+
+    /// Runs the back end on the first `images` of `self.pixels`. A panic in it is an error of the
+    /// batch.
+    fn run_model<T>(
+        &mut self,
+        images: usize,
+        run: impl FnOnce(&mut dyn Embedder, ArrayView4<'_, u8>) -> T,
+    ) -> Result<T, EmbedError> {
         let (width, height) = (self.size.0 as usize, self.size.1 as usize);
         let view = ArrayView4::from_shape((images, height, width, 3), &self.pixels)
             .map_err(|e| EmbedError::Batch(format!("pixels do not fit the batch: {e}")))?;
         let started = Instant::now();
         let _watched = self.shared.embedding.enter();
         let embedder = &mut self.embedder;
-        let embeddings = catch_unwind(AssertUnwindSafe(|| embedder.embed(view)))
-            .unwrap_or_else(|_| Err(EmbedError::Batch("the back end panicked".to_owned())));
+        let ran = catch_unwind(AssertUnwindSafe(|| run(embedder.as_mut(), view)))
+            .map_err(|_| EmbedError::Batch("the back end panicked".to_owned()));
         let nanos = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.shared.stats.embed_nanos.fetch_add(nanos, Ordering::Relaxed);
-        embeddings
+        ran
     }
 }
 
@@ -156,8 +204,7 @@ fn answer(items: Vec<Item>, mut embeddings: Array2<f32>, scorer: &Scorer) {
                 embedding: item.want.embedding.then(|| embeddings.row(index).to_vec()),
             })
         } else {
-            let message = "the model's embedding of this image is zero or not finite";
-            Err(SubmitError::Image(ImageError::new(ImageErrorCode::Internal, message)))
+            Err(scoring::undirected())
         };
         let _ = item.reply.send(scored); // The image's task may be gone.
     }
