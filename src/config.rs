@@ -166,7 +166,6 @@ impl Settings {
         let l = &self.limits;
         let positive = [
             ("embedder.max_batch", e.max_batch),
-            ("embedder.sessions", e.sessions),
             ("amqp.prefetch", usize::from(self.amqp.prefetch)),
             ("s3.concurrency", self.s3.concurrency),
             ("limits.images_per_job", l.images_per_job),
@@ -229,6 +228,7 @@ impl Settings {
             devices: e.devices.clone(),
             threads: e.threads,
             sessions: e.sessions,
+            max_batch: e.max_batch,
             allow_fallback: e.allow_fallback,
             onnxruntime_library: path(&e.onnxruntime_library),
         }

@@ -6,6 +6,7 @@
 
 pub mod fake;
 pub mod onnxruntime;
+pub(crate) mod pieces;
 pub mod tract;
 
 use std::path::PathBuf;
@@ -19,6 +20,11 @@ use crate::model::Model;
 pub trait Embedder: Send {
     /// What executes, as results name it.
     fn backend(&self) -> Backend;
+
+    /// The batch sizes that the back end is warmed with: one of each shape that it will run.
+    fn shapes(&self) -> Vec<usize> {
+        vec![1]
+    }
 
     /// The embeddings of a batch.
     ///
@@ -104,10 +110,13 @@ pub struct Options {
     pub choice: BackendChoice,
     /// GPUs to use, by number; one embedder each.
     pub devices: Vec<i32>,
-    /// CPU threads of each embedder; 0: all cores, shared among the sessions.
+    /// CPU threads of each embedder; 0: the cores, shared among the sessions.
     pub threads: usize,
-    /// Sessions on the CPU, each with a thread and an embedder of its own.
+    /// Sessions on the CPU, each with a thread and an embedder of its own; 0: as many as the cores
+    /// allow with `threads` each, one thread each if that is 0 too.
     pub sessions: usize,
+    /// The most images that an embedder is given at once.
+    pub max_batch: usize,
     /// Whether a named back end that does not work may be replaced by the next best.
     pub allow_fallback: bool,
     /// Where ONNX Runtime's library lies; none: well-known places are searched.
@@ -222,11 +231,10 @@ fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<O
     let mut embedders: Vec<Box<dyn Embedder>> = Vec::new();
     let detail = match choice {
         BackendChoice::Onnxruntime => {
-            let sessions = options.sessions.max(1);
-            let threads =
-                if options.threads == 0 { (cores / sessions).max(1) } else { options.threads };
+            let (sessions, threads) = shares(cores, options.sessions, options.threads);
+            let size = onnxruntime::Size { threads, max_batch: options.max_batch };
             for _ in 0..sessions {
-                let session = runtime.session(model, onnxruntime::Provider::Cpu, threads)?;
+                let session = runtime.session(model, onnxruntime::Provider::Cpu, size)?;
                 embedders.push(Box::new(session));
             }
             format!("{}, {} each", plural(sessions, "session"), plural(threads, "thread"))
@@ -237,7 +245,8 @@ fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<O
                     BackendChoice::Tensorrt => onnxruntime::Provider::TensorRt(*device),
                     _ => onnxruntime::Provider::Cuda(*device),
                 };
-                embedders.push(Box::new(runtime.session(model, provider, 1)?));
+                let size = onnxruntime::Size { threads: 1, max_batch: options.max_batch };
+                embedders.push(Box::new(runtime.session(model, provider, size)?));
             }
             format!("devices {:?}", options.devices)
         }
@@ -245,32 +254,21 @@ fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<O
     Ok((embedders, format!("{detail}, library {}", runtime.library().display())))
 }
 
-/// Runs `run` over a batch in pieces of exactly `fixed` images, the last one padded with black
-/// images whose embeddings are dropped. With no fixed batch the whole goes through at once.
-pub(crate) fn in_fixed_batches(
-    pixels: ArrayView4<'_, u8>,
-    fixed: Option<usize>,
-    dim: usize,
-    mut run: impl FnMut(ArrayView4<'_, u8>) -> Result<Array2<f32>, EmbedError>,
-) -> Result<Array2<f32>, EmbedError> {
-    use ndarray::{Axis, s};
-    let Some(size) = fixed else { return run(pixels) };
-    let (images, height, width, channels) = pixels.dim();
-    let mut embeddings = Array2::zeros((images, dim));
-    for (chunk, mut rows) in
-        pixels.axis_chunks_iter(Axis(0), size).zip(embeddings.axis_chunks_iter_mut(Axis(0), size))
-    {
-        let count = chunk.len_of(Axis(0));
-        let output = if count == size {
-            run(chunk)?
-        } else {
-            let mut padded = ndarray::Array4::zeros((size, height, width, channels));
-            padded.slice_mut(s![..count, .., .., ..]).assign(&chunk);
-            run(padded.view())?
-        };
-        rows.assign(&output.slice(s![..count, ..]));
+/// Sessions on a CPU, at most, if nobody says how many: each has the weights once more.
+const MOST_SESSIONS: usize = 16;
+
+/// How many sessions there are and how many threads each has; 0 leaves it to us. A session of one
+/// thread never waits for another thread, and measured up to a fifth faster than one of all cores.
+fn shares(cores: usize, sessions: usize, threads: usize) -> (usize, usize) {
+    match (sessions, threads) {
+        (0, 0) => {
+            let sessions = cores.clamp(1, MOST_SESSIONS);
+            (sessions, (cores / sessions).max(1))
+        }
+        (0, threads) => ((cores / threads).clamp(1, MOST_SESSIONS), threads),
+        (sessions, 0) => (sessions, (cores / sessions).max(1)),
+        both => both,
     }
-    Ok(embeddings)
 }
 
 /// What a graph gave, as [images, dim].
@@ -285,4 +283,25 @@ pub(crate) fn embeddings(
             values.len()
         ))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shares;
+
+    #[test]
+    fn cores_are_shared_and_never_handed_out_twice_unless_somebody_says_so() {
+        for (cores, sessions, threads, wanted) in [
+            (2, 0, 0, (2, 1)),
+            (1, 0, 0, (1, 1)),
+            (64, 0, 0, (16, 4)),
+            (8, 0, 2, (4, 2)),
+            (2, 0, 4, (1, 4)),
+            (8, 2, 0, (2, 4)),
+            (2, 4, 0, (4, 1)),
+            (2, 1, 2, (1, 2)),
+        ] {
+            assert_eq!(shares(cores, sessions, threads), wanted, "{cores} {sessions} {threads}");
+        }
+    }
 }

@@ -1,12 +1,15 @@
 //! The engine: one image in, its best classes out; batches form inside, across jobs.
 //!
-//! [`Engine::submit`] puts an image into a bounded queue. One task, the [`batcher`], collects
-//! images and closes batches by policy. Each embedder is owned by an OS thread, the [`executor`],
-//! which embeds a batch, scores it and answers. The channel between them holds one batch: that is
-//! the prefetch, and all of it.
+//! Whoever has decoded an image claims a [`Frame`] ([`Engine::frame`]), writes the pixels into it
+//! and submits it ([`Engine::submit`]). One task, the [`batcher`], collects images and closes
+//! batches by policy. Each embedder is owned by an OS thread, the [`executor`], which embeds a
+//! batch, scores it and answers. The channel between them holds one batch: that is the prefetch,
+//! and all of it. Frames are parts of the buffer that the embedder reads ([`frames`]), so pixels are
+//! written once.
 
 pub mod batcher;
 pub mod executor;
+pub mod frames;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -17,11 +20,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::classes::ClassVectors;
 use crate::embed::{Backend, Embedder};
-use crate::error::{FatalError, ImageError, ImageErrorCode};
-use crate::preprocess::Pixels;
+use crate::error::{FatalError, ImageError};
 use crate::score::{ClassScore, Scorer};
 use crate::watchdog::Step;
 use batcher::{BatchPolicy, CloseReason};
+pub use frames::Frame;
+use frames::{Claim, Frames, Joined, Part, Sealed};
 
 /// What is wanted of one image.
 #[derive(Debug, Clone)]
@@ -60,14 +64,34 @@ pub enum SubmitError {
 
 /// An image that waits for its batch.
 pub(crate) struct Item {
-    pixels: Pixels,
+    frame: Frame,
+    image: Image,
+}
+
+/// An image of a batch, without its pixels.
+pub(crate) struct Image {
     want: Want,
     reply: oneshot::Sender<Result<Scored, SubmitError>>,
 }
 
 /// Images that go through the model together.
 pub(crate) struct Batch {
-    items: Vec<Item>,
+    images: Vec<Image>,
+    joined: Joined,
+    frames: Arc<Frames>,
+}
+
+impl Batch {
+    /// Of images and where they were written.
+    fn join(mut written: Vec<(Part, Image)>, sealed: Sealed, frames: Arc<Frames>) -> Self {
+        let joined = sealed.join(&mut written);
+        let images = written.into_iter().map(|(_, image)| image).collect();
+        Self { images, joined, frames }
+    }
+
+    fn len(&self) -> usize {
+        self.images.len()
+    }
 }
 
 /// Counts since the start.
@@ -127,6 +151,7 @@ pub struct Engine {
 
 struct Inner {
     items: mpsc::Sender<Item>,
+    frames: Arc<Frames>,
     draining: watch::Sender<bool>,
     broken: watch::Receiver<Option<String>>,
     closed: CancellationToken,
@@ -134,8 +159,6 @@ struct Inner {
     stats: Arc<EngineStats>,
     embedding: Arc<Step>,
     backend: Backend,
-    /// [H, W] of an image.
-    size: (u32, u32),
 }
 
 impl Engine {
@@ -177,6 +200,9 @@ impl Engine {
             scorer,
         };
         let lanes = embedders.len();
+        let frame_bytes = width as usize * height as usize * 3;
+        // One fills and one waits while each embedder reads one.
+        let frames = Frames::new(lanes + 2, policy.max_batch, frame_bytes);
         let threads = embedders
             .into_iter()
             .enumerate()
@@ -190,6 +216,7 @@ impl Engine {
                 policy,
                 lanes,
                 items: queued,
+                frames: Arc::clone(&frames),
                 batches,
                 in_flight,
                 in_flight_seen,
@@ -202,6 +229,7 @@ impl Engine {
         Ok(Self {
             inner: Arc::new(Inner {
                 items,
+                frames,
                 draining,
                 broken,
                 closed,
@@ -209,29 +237,38 @@ impl Engine {
                 stats,
                 embedding,
                 backend,
-                size: (width, height),
             }),
         })
     }
 
-    /// Embeds and scores one image, in a batch with whatever else is there.
+    /// A place for one image's pixels in a batch that forms, as soon as there is one; while every
+    /// embedder is busy and the next batches are full, that takes until one is done. Claim it
+    /// late and write it at once: a batch that closes waits for it.
+    ///
+    /// # Errors
+    /// [`SubmitError::Gone`] if the engine broke or was closed.
+    pub async fn frame(&self) -> Result<Frame, SubmitError> {
+        self.inner.frames.claim().await.ok_or(SubmitError::Gone)
+    }
+
+    /// A place that is there now, for threads that do not wait; none if there is none, or none any
+    /// more, which [`frame`](Self::frame) tells.
+    pub fn frame_now(&self) -> Option<Frame> {
+        match self.inner.frames.try_claim() {
+            Claim::Frame(frame) => Some(frame),
+            Claim::Wait | Claim::Closed => None,
+        }
+    }
+
+    /// Embeds and scores the image that was written into `frame`, in a batch with whatever else is
+    /// there.
     ///
     /// # Errors
     /// [`SubmitError::Image`] for this image's own failure, [`SubmitError::Gone`] if the engine
     /// broke or was closed.
-    pub async fn submit(&self, pixels: Pixels, want: Want) -> Result<Scored, SubmitError> {
-        let (width, height) = self.inner.size;
-        if (pixels.width, pixels.height) != (width, height) {
-            return Err(SubmitError::Image(ImageError::new(
-                ImageErrorCode::Internal,
-                format!(
-                    "pixels of {} × {} were submitted to a model of {width} × {height}",
-                    pixels.width, pixels.height
-                ),
-            )));
-        }
+    pub async fn submit(&self, frame: Frame, want: Want) -> Result<Scored, SubmitError> {
         let (reply, answer) = oneshot::channel();
-        let item = Item { pixels, want, reply };
+        let item = Item { frame, image: Image { want, reply } };
         self.inner.items.send(item).await.map_err(|_| SubmitError::Gone)?;
         answer.await.map_err(|_| SubmitError::Gone)?
     }

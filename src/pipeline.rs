@@ -11,10 +11,10 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::engine::{Engine, Scored, SubmitError, Want};
+use crate::engine::{Engine, Frame, Scored, SubmitError, Want};
 use crate::error::{ImageError, ImageErrorCode};
 use crate::outage::Outage;
-use crate::preprocess::{PixelLimits, PixelSpec, Pixels, preprocess};
+use crate::preprocess::{Decoded, PixelLimits, PixelSpec, decode_for};
 use crate::store::{ByteBudget, Fetched, ImageStore};
 use crate::watchdog::Step;
 
@@ -129,8 +129,8 @@ impl Pipeline {
         let _slot = slot;
         let deadline = Instant::now() + self.image_time;
         let fetched = self.within(deadline, "fetched", self.fetch(uri)).await??;
-        let pixels = self.within(deadline, "decoded", self.decode(fetched)).await??;
-        self.within(deadline, "classified", self.engine.submit(pixels, want)).await?
+        let frame = self.within(deadline, "decoded", self.decode(fetched)).await??;
+        self.within(deadline, "classified", self.engine.submit(frame, want)).await?
     }
 
     /// A fault of the store that may pass is waited out for a moment, within the image's time.
@@ -151,23 +151,52 @@ impl Pipeline {
         }
     }
 
-    /// A panic in a decoder is this image's error; the permit and the bytes go with the thread, so
-    /// a decoder that outlives the image's deadline still counts.
-    async fn decode(&self, fetched: Fetched) -> Result<Pixels, ImageError> {
-        let internal = |message: &str| ImageError::new(ImageErrorCode::Internal, message);
+    /// Decodes into a frame of the engine's. The frame is claimed only once the image is decoded:
+    /// a batch that closes waits for those who write. The decoder's place is held until then, so
+    /// that no more decoded images wait than there are decoders.
+    async fn decode(&self, fetched: Fetched) -> Result<Frame, SubmitError> {
         let decoder = Arc::clone(&self.decoders)
             .acquire_owned()
             .await
-            .map_err(|_| internal("the decoders were closed"))?;
-        let (spec, limits) = (self.spec.clone(), self.pixel_limits);
+            .map_err(|_| ImageError::new(ImageErrorCode::Internal, "the decoders were closed"))?;
+        let (spec, limits, engine) = (self.spec.clone(), self.pixel_limits, self.engine.clone());
+        let decoded = self.on_a_decoder(decoder, move || {
+            let decoded = decode_for(&fetched.bytes, &spec, limits)?;
+            drop(fetched);
+            // Mostly there is a frame, and the thread goes on.
+            Ok(match engine.frame_now() {
+                Some(frame) => Written::Frame(resized(&decoded, &spec, frame)?),
+                None => Written::Waits(decoded),
+            })
+        });
+        match decoded.await? {
+            (Written::Frame(frame), _) => Ok(frame),
+            (Written::Waits(decoded), decoder) => {
+                let (spec, frame) = (self.spec.clone(), self.engine.frame().await?);
+                let write = move || resized(&decoded, &spec, frame);
+                let (frame, _) = self.on_a_decoder(decoder, write).await?;
+                Ok(frame)
+            }
+        }
+    }
+
+    /// Runs `work` on a blocking thread. A panic there is this image's error; the decoder's place
+    /// goes with the thread, so one that outlives the image's deadline still counts.
+    async fn on_a_decoder<T: Send + 'static>(
+        &self,
+        decoder: OwnedSemaphorePermit,
+        work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
+    ) -> Result<(T, OwnedSemaphorePermit), ImageError> {
         let decoding = Arc::clone(&self.decoding);
         tokio::task::spawn_blocking(move || {
-            let _decoder = decoder;
             let _watched = decoding.enter();
-            preprocess(&fetched.bytes, &spec, limits)
+            Ok((work()?, decoder))
         })
         .await
-        .unwrap_or_else(|_| Err(internal("the decoder panicked on this image")))
+        .unwrap_or_else(|_| {
+            let message = "the decoder panicked on this image";
+            Err(ImageError::new(ImageErrorCode::Internal, message))
+        })
     }
 
     async fn within<T>(
@@ -186,4 +215,17 @@ impl Pipeline {
             )
         })
     }
+}
+
+/// How far a decoder came.
+enum Written {
+    /// To the end.
+    Frame(Frame),
+    /// There is no frame for now.
+    Waits(Decoded),
+}
+
+fn resized(decoded: &Decoded, spec: &PixelSpec, mut frame: Frame) -> Result<Frame, ImageError> {
+    decoded.resize_into(spec, frame.pixels_mut())?;
+    Ok(frame)
 }

@@ -83,6 +83,40 @@ pub struct Pixels {
     pub data: Box<[u8]>,
 }
 
+/// An image that has been decoded and is not resized yet.
+pub struct Decoded(decode::Stored);
+
+impl Decoded {
+    /// Resizes, crops and turns upright as `spec` says, straight into `pixels`: u8 RGB,
+    /// [spec.height, spec.width, 3].
+    ///
+    /// # Errors
+    /// `Internal`: `spec` asks for the impossible, or `pixels` are not as many as it wants. Then
+    /// they hold anything.
+    pub fn resize_into(&self, spec: &PixelSpec, pixels: &mut [u8]) -> Result<(), ImageError> {
+        resize::check(spec)?;
+        resize::to_pixels(&self.0, spec, pixels)
+    }
+}
+
+impl std::fmt::Debug for Decoded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Decoded").field("size", &self.0.size).finish_non_exhaustive()
+    }
+}
+
+/// Decodes an image file, no larger than `spec` has use for.
+///
+/// # Errors
+/// As [`preprocess`].
+pub fn decode_for(
+    bytes: &[u8],
+    spec: &PixelSpec,
+    limits: PixelLimits,
+) -> Result<Decoded, ImageError> {
+    decode::decode_for(bytes, spec, limits).map(Decoded)
+}
+
 /// Turns an image file into the pixels that a model wants: upright, RGB, resized and cropped as
 /// `spec` says; shape [spec.height, spec.width, 3].
 ///
@@ -98,6 +132,8 @@ pub fn preprocess(
     limits: PixelLimits,
 ) -> Result<Pixels, ImageError> {
     resize::check(spec)?;
-    let stored = decode::decode_for(bytes, spec, limits)?;
-    resize::to_pixels(&stored, spec)
+    let decoded = decode_for(bytes, spec, limits)?;
+    let mut data = vec![0; spec.width as usize * spec.height as usize * 3].into_boxed_slice();
+    decoded.resize_into(spec, &mut data)?;
+    Ok(Pixels { width: spec.width, height: spec.height, data })
 }

@@ -37,6 +37,7 @@ fn try_open(model: &Model, choice: BackendChoice) -> Result<embed::Opened, embed
         devices: vec![0],
         threads: 0,
         sessions: 1,
+        max_batch: 32,
         allow_fallback: false,
         onnxruntime_library: library,
     };

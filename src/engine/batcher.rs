@@ -10,7 +10,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Batch, EngineStats, Item};
+use super::frames::{Frames, Part};
+use super::{Batch, EngineStats, Image, Item};
 
 /// When batches close.
 #[derive(Debug, Clone, Copy)]
@@ -63,6 +64,7 @@ pub(super) struct Batcher {
     /// Embedders that take batches.
     pub lanes: usize,
     pub items: mpsc::Receiver<Item>,
+    pub frames: Arc<Frames>,
     pub batches: mpsc::Sender<Batch>,
     /// Batches that were handed over and are not finished.
     pub in_flight: watch::Sender<usize>,
@@ -72,21 +74,29 @@ pub(super) struct Batcher {
     pub stats: Arc<EngineStats>,
 }
 
+impl Drop for Batcher {
+    /// However it ends: nobody waits for a frame any more.
+    fn drop(&mut self) {
+        self.frames.close();
+    }
+}
+
 impl Batcher {
     /// Runs until the engine is closed or all its threads are gone.
     pub async fn run(mut self) {
-        let mut items: Vec<Item> = Vec::with_capacity(self.policy.max_batch);
-        let mut oldest = Instant::now();
+        let mut batch = Growing::default();
         loop {
             let idle = *self.in_flight_seen.borrow_and_update() < self.lanes;
             let draining = *self.draining.borrow_and_update();
-            let forming = Forming { images: items.len(), waited: oldest.elapsed(), idle, draining };
+            let images = batch.written.len();
+            let forming = Forming { images, waited: batch.oldest.elapsed(), idle, draining };
             if let Some(reason) = self.policy.closes(forming) {
-                self.stats.closed(reason, items.len());
-                tracing::trace!(images = items.len(), ?reason, "batch closed");
-                let full = std::mem::replace(&mut items, Vec::with_capacity(self.policy.max_batch));
+                let Some((closed, next)) = self.close(batch).await else { return };
+                batch = next;
+                self.stats.closed(reason, closed.len());
+                tracing::trace!(images = closed.len(), ?reason, "batch closed");
                 self.in_flight.send_modify(|count| *count += 1);
-                if self.batches.send(Batch { items: full }).await.is_err() {
+                if self.batches.send(closed).await.is_err() {
                     return; // No thread is left; their senders' drop answers what waits.
                 }
                 continue;
@@ -95,17 +105,60 @@ impl Batcher {
                 () = self.closed.cancelled() => return,
                 item = self.items.recv() => {
                     let Some(item) = item else { return };
-                    if items.is_empty() {
-                        oldest = Instant::now();
-                    }
-                    items.push(item);
+                    batch.push(item);
                 }
                 // Neither sender is dropped before this task ends, so these only wake.
                 _ = self.in_flight_seen.changed() => {}
                 _ = self.draining.changed() => {}
-                () = tokio::time::sleep_until(oldest + self.policy.linger), if idle && !items.is_empty() => {}
+                () = tokio::time::sleep_until(batch.oldest + self.policy.linger), if idle && images > 0 => {}
             }
         }
+    }
+
+    /// Seals the batch's slab and waits for its frames that are being written; their images come
+    /// along. Yields also what came meanwhile for the next batch. None if the engine was closed.
+    async fn close(&mut self, mut batch: Growing) -> Option<(Batch, Growing)> {
+        let mut next = Growing::default();
+        self.frames.seal();
+        let sealed = loop {
+            if let Some(sealed) = self.frames.take_sealed() {
+                break sealed;
+            }
+            tokio::select! {
+                () = self.closed.cancelled() => return None,
+                item = self.items.recv() => {
+                    let item = item?;
+                    if item.frame.slab() == batch.slab { batch.push(item) } else { next.push(item) }
+                }
+                () = self.frames.settled() => {}
+            }
+        };
+        Some((Batch::join(batch.written, sealed, Arc::clone(&self.frames)), next))
+    }
+}
+
+/// A batch that forms.
+struct Growing {
+    /// Where its images lie, once there is one.
+    slab: u64,
+    written: Vec<(Part, Image)>,
+    oldest: Instant,
+}
+
+impl Default for Growing {
+    fn default() -> Self {
+        Self { slab: 0, written: Vec::new(), oldest: Instant::now() }
+    }
+}
+
+impl Growing {
+    fn push(&mut self, Item { frame, image }: Item) {
+        if self.written.is_empty() {
+            self.slab = frame.slab();
+            self.oldest = Instant::now();
+        }
+        // A frame is taken only here; one without its part is none to wait for.
+        self.written.extend(frame.take().map(|part| (part, image)));
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Instant;
 use ndarray::{Array2, ArrayView4, Axis};
 use tokio::sync::{mpsc, watch};
 
-use super::{Batch, EngineStats, Item, Scored, SubmitError, Want};
+use super::{Batch, EngineStats, Image, Scored, SubmitError, Want};
 use crate::classes::ClassVectors;
 use crate::embed::{EmbedError, Embedder};
 use crate::error::{ImageError, ImageErrorCode};
@@ -42,7 +42,7 @@ pub(super) fn spawn(
     let thread = std::thread::Builder::new()
         .name(format!("angler-embed-{lane}"))
         .spawn(move || {
-            let mut executor = Executor { embedder, size, pixels: Vec::new(), shared };
+            let mut executor = Executor { embedder, size, shared };
             let result = executor.warm();
             let ready = result.is_ok();
             // Nobody waits any more only if the start was given up.
@@ -58,15 +58,20 @@ pub(super) fn spawn(
 struct Executor {
     embedder: Box<dyn Embedder>,
     size: (u32, u32),
-    /// The batch's pixels, [N, H, W, 3], allocated once.
-    pixels: Vec<u8>,
     shared: Shared,
 }
 
 impl Executor {
+    /// Runs every shape that will come, so that no image waits while the back end makes room for it
+    /// or looks for its fastest kernels.
     fn warm(&mut self) -> Result<(), String> {
-        self.pixels = vec![0; self.size.0 as usize * self.size.1 as usize * 3];
-        self.embed(1).map(|_| ()).map_err(|e| format!("the model fails on a black image: {e}"))
+        let frame = self.size.0 as usize * self.size.1 as usize * 3;
+        for images in self.embedder.shapes() {
+            let black = vec![0; images * frame];
+            self.embed(&black, images)
+                .map_err(|e| format!("the model fails on {images} black image(s): {e}"))?;
+        }
+        Ok(())
     }
 
     fn run(mut self) {
@@ -77,7 +82,9 @@ impl Executor {
                 batches.blocking_recv()
             };
             let Some(batch) = next else { return };
-            let outcome = self.batch(batch.items);
+            let Batch { images, joined, frames } = batch;
+            let outcome = self.batch(images, &joined.pixels);
+            frames.recycle(joined);
             self.shared.in_flight.send_modify(|count| *count = count.saturating_sub(1));
             if outcome.is_break() {
                 return;
@@ -85,16 +92,14 @@ impl Executor {
         }
     }
 
-    /// Embeds, scores and answers; breaks off if the back end is broken for good. Items that are
+    /// Embeds, scores and answers; breaks off if the back end is broken for good. Images that are
     /// dropped unanswered are seen as [`SubmitError::Gone`].
-    fn batch(&mut self, items: Vec<Item>) -> ControlFlow<()> {
-        self.pixels.clear();
-        for item in &items {
-            self.pixels.extend_from_slice(&item.pixels.data);
-        }
-        match self.embed(items.len()) {
+    ///
+    /// * `pixels`: u8 RGB, [N, H, W, 3], of these N images.
+    fn batch(&mut self, images: Vec<Image>, pixels: &[u8]) -> ControlFlow<()> {
+        match self.embed(pixels, images.len()) {
             Ok(embeddings) => {
-                answer(items, embeddings, &self.shared.scorer);
+                answer(images, embeddings, &self.shared.scorer);
                 ControlFlow::Continue(())
             }
             Err(EmbedError::Broken(reason)) => {
@@ -103,31 +108,32 @@ impl Executor {
                 self.shared.broken.send_replace(Some(reason));
                 ControlFlow::Break(())
             }
-            Err(EmbedError::Batch(reason)) => self.bisect(items, &reason),
+            Err(EmbedError::Batch(reason)) => self.bisect(images, pixels, &reason),
         }
     }
 
-    fn bisect(&mut self, mut items: Vec<Item>, reason: &str) -> ControlFlow<()> {
-        if items.len() > 1 {
-            tracing::debug!(images = items.len(), reason, "a batch failed and is halved");
-            let rest = items.split_off(items.len() / 2);
-            self.batch(items)?;
-            return self.batch(rest);
+    fn bisect(&mut self, mut images: Vec<Image>, pixels: &[u8], reason: &str) -> ControlFlow<()> {
+        if images.len() > 1 {
+            tracing::debug!(images = images.len(), reason, "a batch failed and is halved");
+            let half = images.len() / 2;
+            let (first, second) = pixels.split_at(pixels.len() / images.len() * half);
+            let rest = images.split_off(half);
+            self.batch(images, first)?;
+            return self.batch(rest, second);
         }
-        for item in items {
+        for image in images {
             let message = format!("the model failed on this image: {reason}");
             let error = ImageError::new(ImageErrorCode::Internal, message);
             // The image's task may be gone, its job timed out or lost.
-            let _ = item.reply.send(Err(SubmitError::Image(error)));
+            let _ = image.reply.send(Err(SubmitError::Image(error)));
         }
         ControlFlow::Continue(())
     }
 
-    /// Embeds the first `images` of `self.pixels`. A panic in the back end is an error of the
-    /// batch.
-    fn embed(&mut self, images: usize) -> Result<Array2<f32>, EmbedError> {
+    /// Embeds so many images. A panic in the back end is an error of the batch.
+    fn embed(&mut self, pixels: &[u8], images: usize) -> Result<Array2<f32>, EmbedError> {
         let (width, height) = (self.size.0 as usize, self.size.1 as usize);
-        let view = ArrayView4::from_shape((images, height, width, 3), &self.pixels)
+        let view = ArrayView4::from_shape((images, height, width, 3), pixels)
             .map_err(|e| EmbedError::Batch(format!("pixels do not fit the batch: {e}")))?;
         let started = Instant::now();
         let _watched = self.shared.embedding.enter();
@@ -141,7 +147,7 @@ impl Executor {
 }
 
 /// Scores the batch, once for each version of class vectors in it, and answers each image.
-fn answer(items: Vec<Item>, mut embeddings: Array2<f32>, scorer: &Scorer) {
+fn answer(items: Vec<Image>, mut embeddings: Array2<f32>, scorer: &Scorer) {
     let directed: Vec<bool> = embeddings.rows_mut().into_iter().map(normalise).collect();
     let embeddings = embeddings;
     let served = |want: &Want| want.classes.as_ref().map(|c| (Arc::clone(c), want.top_k));
@@ -166,7 +172,7 @@ fn answer(items: Vec<Item>, mut embeddings: Array2<f32>, scorer: &Scorer) {
 /// The best classes of each image, as many as wanted: one product for each version that `wanted`
 /// names.
 fn score(
-    items: &[Item],
+    items: &[Image],
     embeddings: &Array2<f32>,
     scorer: &Scorer,
     wanted: impl Fn(&Want) -> Option<(Arc<ClassVectors>, usize)>,

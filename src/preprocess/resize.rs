@@ -15,7 +15,7 @@ use image::metadata::Orientation;
 use image::{DynamicImage, RgbImage};
 
 use super::decode::Stored;
-use super::{Filter, PixelSpec, Pixels, Resize};
+use super::{Filter, PixelSpec, Resize};
 use crate::error::{ImageError, ImageErrorCode};
 
 /// Pixels along a side for each that is wanted, at least, in a picture decoded at less than its size:
@@ -38,8 +38,12 @@ pub(super) fn check(spec: &PixelSpec) -> Result<(), ImageError> {
     Ok(())
 }
 
-/// Resizes, crops and turns upright: shape [spec.height, spec.width, 3]. `spec` was checked.
-pub(super) fn to_pixels(stored: &Stored, spec: &PixelSpec) -> Result<Pixels, ImageError> {
+/// Resizes, crops and turns upright into `pixels`, [spec.height, spec.width, 3]. `spec` was checked.
+pub(super) fn to_pixels(
+    stored: &Stored,
+    spec: &PixelSpec,
+    pixels: &mut [u8],
+) -> Result<(), ImageError> {
     let turn = Turn::of(stored.orientation);
     let (stored_width, stored_height) = stored.size;
     let (width, height) = turn.swapped((stored_width, stored_height));
@@ -58,20 +62,25 @@ pub(super) fn to_pixels(stored: &Stored, spec: &PixelSpec) -> Result<Pixels, Ima
     let (image_width, image_height) = image.dimensions();
     let x = x.reduced(stored.eighths, image_width);
     let y = y.reduced(stored.eighths, image_height);
-    let resized = if turn.swap {
+    let half_way;
+    let (image, x, y) = if turn.swap {
         let near = x.reach(spec.filter, image_width);
-        let half_way = convolve(image, near, y, spec.filter)?;
-        convolve(&half_way, x.within(near), Axis::kept(0, y.pixels), spec.filter)?
+        half_way = resampled(image, near, y, spec.filter)?;
+        (&half_way, x.within(near), Axis::kept(0, y.pixels))
     } else {
         let near = y.reach(spec.filter, image_height);
-        let half_way = convolve(image, x, near, spec.filter)?;
-        convolve(&half_way, Axis::kept(0, x.pixels), y.within(near), spec.filter)?
+        half_way = resampled(image, x, near, spec.filter)?;
+        (&half_way, Axis::kept(0, x.pixels), y.within(near))
     };
-    Ok(Pixels {
-        width: spec.width,
-        height: spec.height,
-        data: upright(resized, stored.orientation).into_raw().into_boxed_slice(),
-    })
+    if stored.orientation == Orientation::NoTransforms {
+        return resample(image, x, y, spec.filter, pixels);
+    }
+    let turned = upright(resampled(image, x, y, spec.filter)?, stored.orientation);
+    if turned.len() != pixels.len() {
+        return Err(internal(format!("{} bytes for {} of pixels", pixels.len(), turned.len())));
+    }
+    pixels.copy_from_slice(&turned);
+    Ok(())
 }
 
 /// How many eighths of a stored picture's size are enough for `spec`: the fewest that leave
@@ -99,7 +108,20 @@ pub(super) fn upright(image: RgbImage, orientation: Orientation) -> RgbImage {
 }
 
 /// Resamples the box that `x` and `y` span; shape [y.pixels, x.pixels, 3].
-fn convolve(image: &RgbImage, x: Axis, y: Axis, filter: Filter) -> Result<RgbImage, ImageError> {
+fn resampled(image: &RgbImage, x: Axis, y: Axis, filter: Filter) -> Result<RgbImage, ImageError> {
+    let mut target = RgbImage::new(x.pixels, y.pixels);
+    resample(image, x, y, filter, &mut target)?;
+    Ok(target)
+}
+
+/// Resamples the box that `x` and `y` span into `target`, [y.pixels, x.pixels, 3].
+fn resample(
+    image: &RgbImage,
+    x: Axis,
+    y: Axis,
+    filter: Filter,
+    target: &mut [u8],
+) -> Result<(), ImageError> {
     let filter = match filter {
         Filter::Bilinear => FilterType::Bilinear,
         Filter::Bicubic => FilterType::CatmullRom, // a = -0.5, as in Pillow
@@ -107,14 +129,12 @@ fn convolve(image: &RgbImage, x: Axis, y: Axis, filter: Filter) -> Result<RgbIma
     };
     let source = ImageRef::new(image.width(), image.height(), image.as_raw(), PixelType::U8x3)
         .map_err(internal)?;
-    let mut resized = RgbImage::new(x.pixels, y.pixels);
-    let mut target = Image::from_slice_u8(x.pixels, y.pixels, &mut resized, PixelType::U8x3)
-        .map_err(internal)?;
+    let mut target =
+        Image::from_slice_u8(x.pixels, y.pixels, target, PixelType::U8x3).map_err(internal)?;
     let options = ResizeOptions::new()
         .resize_alg(ResizeAlg::Convolution(filter))
         .crop(x.start, y.start, x.length, y.length);
-    Resizer::new().resize(&source, &mut target, &options).map_err(internal)?;
-    Ok(resized)
+    Resizer::new().resize(&source, &mut target, &options).map_err(internal)
 }
 
 /// A stretch of one axis of a source and the number of pixels that it becomes.
@@ -253,12 +273,10 @@ mod tests {
     }
 
     fn pixels(image: RgbImage, orientation: Orientation, spec: &PixelSpec) -> Vec<u8> {
-        let pixels =
-            to_pixels(&Stored { size: image.dimensions(), eighths: 8, image, orientation }, spec)
-                .unwrap();
-        assert_eq!((pixels.width, pixels.height), (spec.width, spec.height));
-        assert_eq!(pixels.data.len(), spec.width as usize * spec.height as usize * 3);
-        pixels.data.into_vec()
+        let stored = Stored { size: image.dimensions(), eighths: 8, image, orientation };
+        let mut pixels = vec![0; spec.width as usize * spec.height as usize * 3];
+        to_pixels(&stored, spec, &mut pixels).unwrap();
+        pixels
     }
 
     fn worst(a: &[u8], b: &[u8]) -> u8 {
