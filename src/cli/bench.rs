@@ -10,6 +10,7 @@ mod decode;
 mod embed;
 mod fetch;
 mod figures;
+mod layout;
 mod local;
 mod meter;
 mod page;
@@ -140,7 +141,7 @@ impl Bench {
         let stop = shutdown::on_signals("stopping").context("signals cannot be caught")?;
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(8));
         bar.enable_steady_tick(Duration::from_millis(250));
-        let conduct = Conduct { stop, bar, round: String::new() };
+        let conduct = Conduct { stop, bar: bar.clone(), round: String::new() };
         let mut settings = app.settings.clone();
         with_own_queues(&mut settings);
         let remote = match bucket {
@@ -148,6 +149,7 @@ impl Bench {
             None => None,
         };
         let outcome = Box::pin(self.measure(app, settings, remote.clone(), conduct)).await;
+        bar.finish_and_clear();
         // However it ended.
         let cleared = match &remote {
             Some(remote) => remote.clear().await,
@@ -204,7 +206,6 @@ impl Bench {
                 conduct.step("three ways", measuring).await?;
             }
         }
-        conduct.bar.finish_and_clear();
         Ok(Report::new(&stage, machine, &measured))
     }
 
@@ -243,7 +244,7 @@ impl Bench {
         if needed > memory {
             let wrong = format!(
                 "--class-count {rows}: they take {}, --memory allows {} GB",
-                text::bytes(needed),
+                layout::bytes(needed),
                 self.memory
             );
             return Err(UsageError(wrong).into());

@@ -10,7 +10,8 @@ use anyhow::{Result, anyhow};
 use super::figures::Samples;
 use super::photos::Photos;
 use super::stage::{Stage, blocking, on_threads};
-use crate::preprocess::preprocess_in_steps;
+use crate::error::ImageError;
+use crate::preprocess::decode_for;
 
 /// The kind of images.
 pub(super) type Key = String;
@@ -35,16 +36,16 @@ async fn decode(stage: &Stage, photos: Arc<Photos>) -> Result<super::figures::Sa
             let nanos = u64::try_from(from.elapsed().as_nanos()).unwrap_or(u64::MAX);
             to.fetch_add(nanos, Ordering::Relaxed);
         };
+        let size = spec.width as usize * spec.height as usize * 3;
         let mut sample = on_threads(cores, time, |number| {
             let file = &photos.files[number % photos.files.len()];
+            let mut pixels = vec![0; size];
             let started = Instant::now();
-            let mut decoded = started;
-            preprocess_in_steps(file, &spec, limits, || {
-                add(&decoding, started);
-                decoded = Instant::now();
-            })
-            .map_err(|e| anyhow!("one of the {} images: {e}; leave it out", photos.kind))?;
-            add(&resizing, decoded);
+            let decoded = decode_for(file, &spec, limits).map_err(|e| unusable(&photos, &e))?;
+            add(&decoding, started);
+            let started = Instant::now();
+            decoded.resize_into(&spec, &mut pixels).map_err(|e| unusable(&photos, &e))?;
+            add(&resizing, started);
             Ok(1)
         })?;
         let [decoding, resizing] = [decoding, resizing].map(|nanos| nanos.into_inner() as f64);
@@ -52,4 +53,8 @@ async fn decode(stage: &Stage, photos: Arc<Photos>) -> Result<super::figures::Sa
         Ok(sample)
     })
     .await
+}
+
+fn unusable(photos: &Photos, error: &ImageError) -> anyhow::Error {
+    anyhow!("one of the {} images: {error}; leave it out", photos.kind)
 }

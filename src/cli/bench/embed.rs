@@ -28,6 +28,7 @@ pub(super) async fn measure(
         let mut options = stage.app.settings.embed_options();
         let named = options.choice == *choice;
         options.choice = *choice;
+        options.max_batch = stage.plan.batches.iter().copied().max().unwrap_or(1);
         let (model, pixels) = (Arc::clone(&stage.model), Arc::clone(&stage.pixels));
         let (time, batches) = (stage.plan.time, stage.plan.batches.clone());
         let measured = blocking(move || {

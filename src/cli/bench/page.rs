@@ -1,7 +1,8 @@
 //! The report as a page with charts.
 
+use super::layout::{bytes, rate};
 use super::report::{EmbedRow, Path, Report};
-use super::text::{COLUMNS, DECODE, EMBED, PARTS, SCORE, WAYS, WHOLE, bytes, rate};
+use super::text::{COLUMNS, DECODE, EMBED, FETCH, PARTS, SCORE, WAYS, WHOLE};
 use super::ways::Way;
 use crate::embed::Backend;
 use crate::page::{Align, Bar, Cell, Html, Page, Shape, bars, note, paragraph, percent, table};
@@ -13,7 +14,9 @@ impl Report {
         let subtitle = head.first().cloned().unwrap_or_default();
         let mut page = Page::new("Where the time goes", &subtitle);
         self.facts(&mut page);
-        page.section("What this was", head.iter().skip(1).map(|line| paragraph(line)).collect());
+        let parts = if self.has_parts() { paragraph(PARTS) } else { Html::default() };
+        let what: Html = head.iter().skip(1).map(|line| paragraph(line)).collect();
+        page.section("What this was", what.and(parts));
         if !self.whole.is_empty() {
             page.section("The whole and its ceiling", self.whole_section());
         }
@@ -30,7 +33,7 @@ impl Report {
         if !self.fetch.is_empty() {
             page.section(
                 "Fetch",
-                paragraph(PARTS).and(rows(["from", "images"], self.fetch_rows())),
+                paragraph(FETCH).and(rows(["from", "images"], self.fetch_rows())),
             );
         }
         if !self.score.is_empty() {
@@ -193,12 +196,21 @@ fn rows(names: [&str; 2], rows: Vec<Vec<String>>) -> Html {
     figures(&headers, rows)
 }
 
-/// Two columns of names, then figures.
+/// Two columns of names, which become one, so that a phone has room for it; then figures.
 fn figures(headers: &[&str], rows: Vec<Vec<String>>) -> Html {
-    let rows: Vec<Vec<Cell>> =
-        rows.into_iter().map(|row| row.into_iter().map(Cell::from).collect()).collect();
-    let alignments: Vec<Align> = (0..headers.len())
-        .map(|column| if column < 2 { Align::Left } else { Align::Right })
+    let joined = |names: &[String]| names.join(", ").into();
+    let rows: Vec<Vec<Cell>> = rows
+        .into_iter()
+        .map(|row| {
+            let (names, figures) = row.split_at(row.len().min(2));
+            [joined(names)].into_iter().chain(figures.iter().cloned().map(Cell::from)).collect()
+        })
         .collect();
-    table(headers, &rows, &alignments)
+    let name = headers.get(..2).unwrap_or_default().join(", ");
+    let headers: Vec<&str> =
+        [name.as_str()].into_iter().chain(headers.iter().skip(2).copied()).collect();
+    let alignments: Vec<Align> = (0..headers.len())
+        .map(|column| if column == 0 { Align::Left } else { Align::Right })
+        .collect();
+    table(&headers, &rows, &alignments)
 }

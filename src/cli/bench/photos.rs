@@ -41,7 +41,7 @@ pub(super) struct Recipe {
 }
 
 const fn recipe(kind: &'static str, format: Format, (width, height): (u32, u32)) -> Recipe {
-    let noise = if width < 1000 { 30.0 } else { 17.0 };
+    let noise = if width < 1000 { 20.0 } else { 17.0 };
     Recipe { kind, format, width, height, noise }
 }
 
@@ -51,16 +51,16 @@ pub(super) const SMALL: Recipe = recipe("small", Format::Jpeg, (320, 240));
 pub(super) const CAMERA: Recipe = recipe("camera", Format::Jpeg, (1600, 1200));
 /// What only decoding is measured with.
 pub(super) const ONLY_DECODED: [Recipe; 3] = [
-    recipe("camera in PNG", Format::Png, (1600, 1200)),
-    recipe("camera in lossless WebP", Format::WebP, (1600, 1200)),
-    recipe("12 megapixels", Format::Jpeg, (4000, 3000)),
+    recipe("camera PNG", Format::Png, (1600, 1200)),
+    recipe("camera WebP", Format::WebP, (1600, 1200)),
+    recipe("12 MP", Format::Jpeg, (4000, 3000)),
 ];
 
 /// Encoded images of one kind; at least one.
 #[derive(Debug, Clone)]
 pub(super) struct Photos {
     pub kind: String,
-    /// For people: `JPEG 1600 × 1200`.
+    /// For people: `JPEG 1600×1200`.
     pub format: String,
     /// Of files that are all one size.
     pub size: Option<(u32, u32)>,
@@ -83,7 +83,7 @@ impl Photos {
         };
         Ok(Self {
             kind: kind.to_owned(),
-            format: format!("{name} {width} × {height}"),
+            format: format!("{name} {width}×{height}"),
             size: Some((width, height)),
             files: files.with_context(|| format!("{kind} images cannot be made"))?,
         })

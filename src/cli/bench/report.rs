@@ -324,7 +324,7 @@ impl Report {
         let row = |way| self.ways.iter().find(|row| row.way == way && row.from == PIXELS);
         let (single, batched) = (row(Way::OneByOne)?, row(Way::Batched)?);
         let figures = format!(
-            "{:.2} s per 100 images in batches of {}, {:.2} s one by one, on pixels in memory",
+            "{:.3} s per 100 images in batches of {}, {:.3} s one by one, on pixels in memory",
             batched.seconds_per_100_images, self.settings.max_batch, single.seconds_per_100_images
         );
         Some(match batched.speedup {
@@ -332,7 +332,7 @@ impl Report {
                 format!("Batching by itself is {gain:.2} times as fast: {figures}.")
             }
             loss if loss <= 1.0 / NOTHING => {
-                format!("Batching by itself makes it slower, {loss:.2} times as fast: {figures}.")
+                format!("Batching by itself takes {:.2} times as long: {figures}.", 1.0 / loss)
             }
             _ => format!(
                 "Batching by itself gains nothing here: {figures}. What the pipeline gains comes from \

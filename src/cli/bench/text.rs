@@ -1,22 +1,18 @@
 //! The report on a terminal of 80 columns, and the words that the page uses, too.
 
-use std::fmt::Write;
-
-use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
-
 use super::ceiling::Step;
 use super::figures::Figure;
+use super::layout::{bytes, ms, paragraph, rate, section, table};
 use super::report::{Path, Report, WholeRow};
 use super::ways::{PIXELS, Way};
 use crate::page::count;
-
-/// Columns of the report.
-const WIDTH: u16 = 80;
 
 /// What each section says of itself.
 pub(super) const PARTS: &str = "Each part alone, as wide as the machine allows. ms: time on the clock for \
     each image; core-ms: what all cores together worked for it; own: what of that this process did. The \
     rest is a broker or a store on this machine, or other load.";
+pub(super) const FETCH: &str =
+    "Files or objects, as many at once as s3.concurrency says. Nothing is done with the bytes.";
 pub(super) const DECODE: &str = "What the pipeline does with a file: decode, resize, crop. A large JPEG is \
     decoded at a fraction of its size. Decoding: its share of a thread's time, resizing is the rest.";
 pub(super) const EMBED: &str = "The model, by back end and by images in a batch; the sessions and threads are those of the settings.";
@@ -44,32 +40,6 @@ impl Path {
             Self::Folder => "folder",
             Self::Broker => "broker and store",
         }
-    }
-}
-
-/// A rate: `12.3`, `1,234`.
-pub(super) fn rate(value: f64) -> String {
-    if value < 100.0 { format!("{value:.1}") } else { count(value.round() as u64) }
-}
-
-/// Milliseconds, with three digits that count; a dash if they were not measured.
-pub(super) fn ms(value: Option<f64>) -> String {
-    match value {
-        None => "–".to_owned(),
-        Some(value) if value >= 100.0 => count(value.round() as u64),
-        Some(value) if value >= 10.0 => format!("{value:.1}"),
-        Some(value) if value >= 1.0 => format!("{value:.2}"),
-        Some(value) => format!("{value:.3}"),
-    }
-}
-
-/// `22 kB`.
-pub(super) fn bytes(value: u64) -> String {
-    match value {
-        0..10_000 => format!("{value} B"),
-        10_000..10_000_000 => format!("{} kB", count(value.div_ceil(1000))),
-        10_000_000..10_000_000_000 => format!("{} MB", count(value.div_ceil(1_000_000))),
-        _ => format!("{:.1} GB", value as f64 / 1e9),
     }
 }
 
@@ -148,9 +118,12 @@ impl Report {
     }
 
     fn parts(&self, text: &mut String) {
-        let rows: Vec<Vec<String>> = self.fetch_rows();
+        if self.has_parts() {
+            section(text, "The parts", PARTS);
+        }
+        let rows = self.fetch_rows();
         if !rows.is_empty() {
-            section(text, "Fetch", PARTS);
+            section(text, "Fetch", FETCH);
             table(text, &["from", "images"], &COLUMNS, rows);
         }
         let rows = self.decode_rows();
@@ -180,6 +153,12 @@ impl Report {
             section(text, "Publish", &what);
             table(text, &["to", "results/s"], &COLUMNS, rows);
         }
+    }
+
+    /// Whether any part was measured.
+    pub(super) fn has_parts(&self) -> bool {
+        let empty = self.fetch.is_empty() && self.decode.is_empty() && self.embed.is_empty();
+        !(empty && self.score.is_empty() && self.publish.is_empty())
     }
 
     pub(super) fn fetch_rows(&self) -> Vec<Vec<String>> {
@@ -324,74 +303,5 @@ impl WholeRow {
             rate(ceiling.images_per_second),
             heaviest.unwrap_or_default()
         ))
-    }
-}
-
-fn section(text: &mut String, heading: &str, what: &str) {
-    let _ = writeln!(text, "\n{heading}");
-    let _ = writeln!(text, "{}", "─".repeat(heading.chars().count()));
-    paragraph(text, what);
-}
-
-/// Words, broken at the width.
-fn paragraph(text: &mut String, words: &str) {
-    let mut column = 0;
-    for word in words.split_whitespace() {
-        let length = word.chars().count();
-        if column > 0 && column + 1 + length > usize::from(WIDTH) {
-            text.push('\n');
-            column = 0;
-        }
-        if column > 0 {
-            text.push(' ');
-            column += 1;
-        }
-        text.push_str(word);
-        column += length;
-    }
-    text.push('\n');
-}
-
-fn table(text: &mut String, names: &[&str], figures: &[&str], rows: Vec<Vec<String>>) {
-    let mut table = Table::new();
-    table
-        .load_style(TableStyle::new().header_separator(LineStyle::none().fill('─')))
-        .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_width(WIDTH)
-        .set_header(names.iter().chain(figures));
-    for row in rows {
-        table.add_row(row);
-    }
-    for column in table.column_iter_mut().skip(names.len()) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    for line in table.to_string().lines() {
-        let _ = writeln!(text, "{}", line.trim_end());
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_have_the_digits_that_count() {
-        assert_eq!([9.96, 99.94, 99.96, 12_345.6].map(rate), ["10.0", "99.9", "100.0", "12,346"]);
-        let times = [Some(0.01234), Some(1.234), Some(12.34), Some(1234.0), None].map(ms);
-        assert_eq!(times, ["0.012", "1.23", "12.3", "1,234", "–"]);
-        let sizes = [999, 21_300, 56_000_000, 2_560_000_000, 12_000_000_000].map(bytes);
-        assert_eq!(sizes, ["999 B", "22 kB", "56 MB", "2,560 MB", "12.0 GB"]);
-    }
-
-    #[test]
-    fn words_and_tables_keep_to_the_width() {
-        let mut text = String::new();
-        section(&mut text, "Heading", PARTS);
-        let long = "a name that is much too long for a column of a terminal".to_owned();
-        let row = vec![long.clone(), long, rate(1e9), ms(Some(1e9)), ms(None), ms(None)];
-        table(&mut text, &["way", "images"], &COLUMNS, vec![row]);
-        for line in text.lines() {
-            assert!(line.chars().count() <= usize::from(WIDTH), "{line}");
-        }
     }
 }

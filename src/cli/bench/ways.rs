@@ -15,6 +15,7 @@ use super::score::TOP_K;
 use super::stage::{Stage, blocking};
 use crate::classes::ClassVectors;
 use crate::embed::{self, EmbedError, Embedder};
+use crate::model::Model;
 use crate::preprocess::{PixelLimits, PixelSpec, preprocess};
 use crate::score::{Scorer, normalise};
 
@@ -56,17 +57,21 @@ pub(super) async fn measure(stage: &Stage, samples: &mut Samples<Key>) -> Result
     let batch = stage.app.settings.embedder.max_batch;
     let (limits, time) = (stage.limits(), stage.plan.time);
     let measured = blocking(move || {
-        let opened = embed::open(&model, &options)?;
-        let embedder = opened.embedders.into_iter().next();
-        let embedder = embedder.ok_or_else(|| anyhow!("there is no embedder"))?;
+        let mut ways = vec![Way::OneByOne, Way::Batched];
+        let embedder = open(&model, &options)?;
+        let mut fusing = open_fusing(&model, &options)?;
+        let black =
+            Array4::zeros((1, model.pixels.height as usize, model.pixels.width as usize, 3));
+        if let Some(embedder) = &mut fusing
+            && fused(embedder.as_mut(), black.view(), &classes).is_some()
+        {
+            ways.push(Way::Fused);
+        }
         let spec = model.pixels.clone();
-        let mut walk = Walk { embedder, classes, scorer, spec, limits, batch };
+        let mut walk = Walk { embedder, fusing, classes, scorer, spec, limits, batch };
         let mut measured = Vec::new();
         for (from, input) in inputs {
-            for way in [Way::OneByOne, Way::Batched, Way::Fused] {
-                if way == Way::Fused && !walk.can_fuse(&input)? {
-                    continue;
-                }
+            for way in ways.iter().copied() {
                 walk.block(way, &input, 0)?;
                 let meter = Meter::start();
                 let mut images = 0;
@@ -85,8 +90,30 @@ pub(super) async fn measure(stage: &Stage, samples: &mut Samples<Key>) -> Result
     Ok(())
 }
 
+fn open(model: &Model, options: &embed::Options) -> Result<Box<dyn Embedder>> {
+    let first = embed::open(model, options)?.embedders.into_iter().next();
+    first.ok_or_else(|| anyhow!("there is no embedder"))
+}
+
+/// One that scores in its graph; none if the back end cannot.
+///
+/// No back end can yet.
+fn open_fusing(_model: &Model, _options: &embed::Options) -> Result<Option<Box<dyn Embedder>>> {
+    Ok(None)
+}
+
+/// Embeds and scores in one graph; none if that is not possible with these classes.
+fn fused(
+    _embedder: &mut dyn Embedder,
+    _pixels: ArrayView4<'_, u8>,
+    _classes: &Arc<ClassVectors>,
+) -> Option<Result<(), EmbedError>> {
+    None
+}
+
 struct Walk {
     embedder: Box<dyn Embedder>,
+    fusing: Option<Box<dyn Embedder>>,
     classes: Arc<ClassVectors>,
     scorer: Scorer,
     spec: PixelSpec,
@@ -136,8 +163,9 @@ impl Walk {
     fn run(&mut self, way: Way, pixels: ArrayView4<'_, u8>) -> Result<()> {
         let failed = |e: EmbedError| anyhow!("the back end failed: {e}");
         if way == Way::Fused {
-            let fused = fused(self.embedder.as_mut(), pixels, &self.classes);
-            return fused.ok_or_else(|| anyhow!("not fused any more"))?.map_err(failed);
+            let embedder = self.fusing.as_mut();
+            let fused = embedder.and_then(|e| fused(e.as_mut(), pixels, &self.classes));
+            return fused.ok_or_else(|| anyhow!("the back end scores no more"))?.map_err(failed);
         }
         let mut embeddings = self.embedder.embed(pixels).map_err(failed)?;
         embeddings.rows_mut().into_iter().for_each(|row| {
@@ -146,28 +174,4 @@ impl Walk {
         self.classes.score_with(&self.scorer, embeddings.view(), TOP_K);
         Ok(())
     }
-
-    /// Whether the back end scores inside the graph.
-    fn can_fuse(&mut self, input: &Input) -> Result<bool> {
-        let pixels = match input {
-            Input::Pixels(pixels) => pixels.slice(s![..1, .., .., ..]).to_owned(),
-            Input::Files(files) => self.read(files, 0, 1)?,
-        };
-        match fused(self.embedder.as_mut(), pixels.view(), &self.classes) {
-            None => Ok(false),
-            Some(Ok(())) => Ok(true),
-            Some(Err(error)) => Err(anyhow!("the back end failed: {error}")),
-        }
-    }
-}
-
-/// Embeds and scores in one graph; none if the back end cannot.
-///
-/// No back end can yet.
-fn fused(
-    _embedder: &mut dyn Embedder,
-    _pixels: ArrayView4<'_, u8>,
-    _classes: &Arc<ClassVectors>,
-) -> Option<Result<(), EmbedError>> {
-    None
 }
