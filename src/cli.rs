@@ -1,5 +1,6 @@
 //! The commands, one file each, and what they share: flags, settings, exit codes.
 
+mod bench;
 mod class_set;
 mod classes;
 mod classify;
@@ -56,6 +57,7 @@ enum Command {
     Classes(classes::ClassesCommand),
     #[command(subcommand)]
     Dead(dead::DeadCommand),
+    Bench(bench::Bench),
     /// Print the default settings, with what each means: a start for angler.toml
     DefaultSettings,
 }
@@ -96,13 +98,18 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         let name = name.map(|v| v.get_name().to_owned()).unwrap_or_default();
         set.push(("embedder.backend".to_owned(), name));
     }
-    let settings = Settings::load(config.as_deref(), &set)?;
+    let mut settings = Settings::load(config.as_deref(), &set)?;
+    // It opens back ends and connections by the dozen, and its report says what ran.
+    if matches!(cli.command, Command::Bench(_)) && settings.log.level == "info" {
+        settings.log.level = "warn".to_owned();
+    }
     telemetry::start(&settings.log).map_err(UsageError)?;
     let app = App::new(settings);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         match cli.command {
             Command::Classify(command) => command.run(&app).await,
+            Command::Bench(command) => command.run(&app).await,
             Command::Worker(command) => command.run(&app).await,
             Command::Classes(command) => command.run(&app).await,
             Command::Dead(command) => command.run(&app).await,

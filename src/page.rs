@@ -20,6 +20,7 @@
 //! assert!(page.finish().starts_with("<!doctype html>"));
 //! ```
 
+mod bars;
 mod confusion;
 mod gallery;
 mod histogram;
@@ -30,6 +31,7 @@ use std::fmt::{self, Write as _};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
+pub use bars::{Bar, Shape, bars};
 pub use confusion::confusion;
 pub use gallery::{Card, Tone, gallery};
 pub use histogram::{Series, histogram};
@@ -275,6 +277,10 @@ mod tests {
         page.section("c", confusion(&labels, &labels, &[(0, 0, 1), (1, 0, 1)]));
         let series = [Series { name: HOSTILE.into(), bins: vec![1, 2] }];
         page.section("h", histogram(HOSTILE, HOSTILE, &series, (0.0, 1.0), Some((0.5, HOSTILE))));
+        let rows = [Bar { name: HOSTILE.into(), values: vec![1.0] }];
+        for shape in [Shape::Beside, Shape::Stacked] {
+            page.section("b", bars(HOSTILE, HOSTILE, &[HOSTILE], &rows, shape));
+        }
         let card = |thumbnail| Card {
             thumbnail,
             uri: format!("{HOSTILE}/{HOSTILE}"),
