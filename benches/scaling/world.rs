@@ -94,7 +94,7 @@ impl World {
 
     /// A result as such a job has it.
     pub fn result(&self, images: usize) -> Result<Vec<u8>> {
-        Ok(serde_json::to_vec(&messages::result("bench/0", CLASSES, self.images(0, images)))?)
+        Ok(messages::result("bench/0", CLASSES, self.images(0, images)).to_json()?)
     }
 
     fn images(&self, n: usize, images: usize) -> impl Iterator<Item = &str> {
