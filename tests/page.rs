@@ -208,7 +208,8 @@ async fn what_is_wrong_with_a_page_is_seen() {
             "<img src=\"http://x.invalid/a.png\">",
             "violates the following Content Security Policy",
         ),
-        (policy, "<p onclick=\"1\">x</p>", "Executing inline event handler violates"),
+        (policy, "<p onclick=\"1\">x</p>", "0 scripts, 1 handlers"),
+        (policy, "<script>1</script>", "inline script violates"),
         ("<script>console.log('hm')</script>", "", "\"hm\""),
     ] {
         let faults = look(&page(head, body), 360, false).await.faults();
