@@ -7,7 +7,7 @@
     target/peer/bin/python benches/peer/run.py --model models/efficientnet-lite0 FOLDER…
     target/peer/bin/python benches/peer/run.py --memory 100000
 
-The ways: `batched` and `one-by-one` of worker.py; `mosec` and `mosec-stages`, the two shapes of server.py.
+The ways: `batched` and `one-by-one` of worker.py, `plain` and `plain-one-by-one` without Pillow's draft mode; `mosec` and `mosec-stages`, the two shapes of server.py.
 
 Two kinds of photos are made of samples/photos: small ones of 320 × 240 (about 26 kB), and 1600 × 1200 as a camera makes
 them. In each round each way gets all images as jobs of 64, after a first job that is not counted; the time runs from
@@ -41,7 +41,7 @@ def arguments():
     parser.add_argument("--images", type=int, default=640, help="of each kind; each round and way gets them all")
     parser.add_argument("--kinds", default="small,camera", help="by comma")
     parser.add_argument("--model", nargs="+", default=["models/efficientnet-lite0"], metavar="FOLDER")
-    parser.add_argument("--ways", default="angler,batched,one-by-one,mosec", help=f"by comma, of {', '.join(harness.WAYS)}")
+    parser.add_argument("--ways", default="angler,plain,plain-one-by-one,batched,one-by-one,mosec", help=f"by comma, of {', '.join(harness.WAYS)}")
     parser.add_argument("--binary", default="target/release/angler")
     parser.add_argument("--setting", action="append", default=[], metavar="KEY=VALUE", help="for angler; may be repeated")
     parser.add_argument("--json", metavar="FILE", help="the figures of each round, too")
