@@ -27,6 +27,7 @@ use crate::source::JobSource;
 use crate::source::amqp::AmqpSource;
 use crate::store::local::{LocalImages, LocalObjects};
 use crate::store::s3::{self, S3Images, S3Objects, S3Uri};
+use crate::store::shared::SharedImages;
 use crate::store::{ImageStore, ObjectStore, Routed};
 use crate::watchdog;
 use crate::worker::{Worker, WorkerOptions};
@@ -191,11 +192,27 @@ impl App {
     /// # Errors
     /// What is missing.
     pub async fn daemon(&self, readiness: Arc<Readiness>) -> Result<Daemon> {
-        let s = &self.settings;
-        let name = worker_name();
         let model = self.model()?;
         let engine = self.engine(&model)?;
-        let catalog = Arc::new(self.catalog(&model).await?);
+        self.daemon_with(readiness, &model, engine).await
+    }
+
+    /// The daemon around an engine that was made elsewhere. So a measurement runs the daemon itself
+    /// with another back end.
+    ///
+    /// * `engine`: takes the pixels of `model` and gives its embeddings.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub async fn daemon_with(
+        &self,
+        readiness: Arc<Readiness>,
+        model: &Model,
+        engine: Engine,
+    ) -> Result<Daemon> {
+        let s = &self.settings;
+        let name = worker_name();
+        let catalog = Arc::new(self.catalog(model).await?);
         readiness.set_catalog(Arc::clone(&catalog));
         for selector in s.preload()? {
             let loaded = catalog.resolve(&selector).await;
@@ -203,7 +220,7 @@ impl App {
         }
         let shadow = s.shadow()?.map(|selector| Arc::new(Shadow::new(selector)));
         readiness.set_warm();
-        let store = Arc::new(self.s3_images().await?);
+        let store = Arc::new(SharedImages::new(Arc::new(self.s3_images().await?)));
         let limits = s.image_limits();
         let pipeline = Pipeline::new(store, engine.clone(), model.pixels.clone(), &limits);
         let pipeline = Arc::new(pipeline.watched_by(Arc::new(self.outage())));
@@ -251,7 +268,7 @@ impl App {
             let loading = async move { load_shadow(&catalog, &shadow, poll).await };
             followers.push(AbortOnDropHandle::new(tokio::spawn(loading)));
         }
-        let mut options = self.worker_options(&name, &model, usize::from(s.amqp.prefetch));
+        let mut options = self.worker_options(&name, model, usize::from(s.amqp.prefetch));
         options.shadow = shadow;
         let worker = Worker::new(source, sink, pipeline, Arc::clone(&catalog), options);
         Ok(Daemon { worker, publisher, engine, followers })

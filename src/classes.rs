@@ -13,6 +13,7 @@ pub mod embedded;
 pub mod evaluate;
 pub mod file;
 pub mod load;
+pub mod matrix;
 pub mod medoids;
 pub mod neighbours;
 pub mod outliers;
@@ -238,11 +239,17 @@ impl ClassVectors {
 
     /// Row `row` as a unit vector.
     pub fn unit_row(&self, row: usize) -> Vec<f32> {
-        let mut values = self.vectors.row(row);
-        if let Some(scale) = self.scales.get(row) {
-            values.iter_mut().for_each(|value| *value *= scale);
-        }
+        let mut values = vec![0.0; self.dim()];
+        self.copy_unit_row(row, &mut values);
         values
+    }
+
+    /// Fills `out`, `dim` values, with row `row` as a unit vector.
+    pub fn copy_unit_row(&self, row: usize, out: &mut [f32]) {
+        self.vectors.copy_rows(row, out);
+        if let Some(scale) = self.scales.get(row) {
+            out.iter_mut().for_each(|value| *value *= scale);
+        }
     }
 
     /// The label number of each row.

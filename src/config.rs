@@ -11,7 +11,7 @@ use serde::Deserialize;
 use crate::amqp::topology::Topology;
 use crate::amqp::{AmqpOptions, parse_url};
 use crate::classes::catalog::CatalogOptions;
-use crate::embed::{self, BackendChoice};
+use crate::embed::{self, BackendChoice, Scoring};
 use crate::engine::batcher::BatchPolicy;
 use crate::job::{ClassSelector, JobLimits};
 use crate::pipeline::ImageLimits;
@@ -66,6 +66,8 @@ section!(/** `[embedder]` */ EmbedderSettings {
     threads: usize,
     sessions: usize,
     allow_fallback: bool,
+    scoring: Scoring,
+    graph_bytes: usize,
     onnxruntime_library: String,
 });
 section!(/** `[classes]` */ ClassesSettings {
@@ -103,6 +105,7 @@ section!(/** `[limits]` */ LimitsSettings {
     image_pixels: u64,
     images_in_flight: usize,
     bytes_in_flight: usize,
+    decoders: usize,
     image_seconds: f64,
     job_seconds: f64,
     stall_seconds: f64,
@@ -230,6 +233,8 @@ impl Settings {
             sessions: e.sessions,
             max_batch: e.max_batch,
             allow_fallback: e.allow_fallback,
+            scoring: e.scoring,
+            graph_bytes: e.graph_bytes,
             onnxruntime_library: path(&e.onnxruntime_library),
         }
     }
@@ -251,7 +256,10 @@ impl Settings {
             images_in_flight: l.images_in_flight,
             bytes_in_flight: l.bytes_in_flight,
             image_time: Duration::from_secs_f64(l.image_seconds),
-            decoders: std::thread::available_parallelism().map_or(1, usize::from),
+            decoders: match l.decoders {
+                0 => std::thread::available_parallelism().map_or(1, usize::from),
+                some => some,
+            },
         }
     }
 
@@ -466,6 +474,7 @@ mod tests {
         for (file, key) in [
             ("[embedder]\nmax_batch = 0", "embedder.max_batch"),
             ("[embedder]\nbackend = \"gpu\"", "gpu"),
+            ("[embedder]\nscoring = \"device\"", "device"),
             ("[limits]\nbytes_in_flight = 5", "limits.bytes_in_flight"),
             ("[limits]\nimage_seconds = 0", "limits.image_seconds"),
             ("[retry]\ndelays_seconds = [-1]", "retry.delays_seconds"),

@@ -3,18 +3,26 @@
 //! An [`Embedder`] is synchronous and takes `&mut self`: it is moved into an OS thread of the
 //! engine's, which owns it, so no back end needs a lock. [`open`] chooses among the back ends and
 //! says which one really works.
+//!
+//! A back end may be able to score as well ([`Embedder::classify`]): on a GPU the class vectors lie
+//! beside the model, and a few labels come back instead of embeddings. It never has to: whoever
+//! asks scores embeddings on the host as soon as the answer is none.
 
 pub mod fake;
 pub mod onnxruntime;
 pub(crate) mod pieces;
+mod prepared;
 pub mod tract;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView4};
 use serde::{Deserialize, Serialize};
 
+use crate::classes::ClassVectors;
 use crate::model::Model;
+use crate::score::ClassScore;
 
 /// A back end that has loaded a model and is ready to run it.
 pub trait Embedder: Send {
@@ -35,6 +43,43 @@ pub trait Embedder: Send {
     /// [`EmbedError::Batch`] if this batch could not be run; the next may.
     /// [`EmbedError::Broken`] if the back end cannot go on.
     fn embed(&mut self, pixels: ArrayView4<'_, u8>) -> Result<Array2<f32>, EmbedError>;
+
+    /// Embeds a batch and scores it against one version, all in the back end. None: it does not
+    /// score, or not against this version, and nothing was run.
+    ///
+    /// * `pixels`: as for [`Self::embed`].
+    ///
+    /// # Errors
+    /// As [`Self::embed`]. After [`EmbedError::Batch`] the batch may still be embedded.
+    fn classify(
+        &mut self,
+        pixels: ArrayView4<'_, u8>,
+        against: &Against<'_>,
+    ) -> Option<Result<Scores, EmbedError>> {
+        let _ = (pixels, against);
+        None
+    }
+}
+
+/// What a batch is scored against in the back end.
+#[derive(Debug, Clone, Copy)]
+pub struct Against<'a> {
+    /// The version. A back end may keep a copy for as long as somebody else holds it.
+    pub classes: &'a Arc<ClassVectors>,
+    /// How many of the best classes are listed.
+    pub top_k: usize,
+    /// Whether the embeddings come back as well.
+    pub embeddings: bool,
+}
+
+/// A batch that was scored in the back end.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scores {
+    /// Each image's best classes, best first, each class once; none: its embedding is zero or not
+    /// finite.
+    pub top: Vec<Option<Vec<ClassScore>>>,
+    /// f32 [N, dim], not normalised, if asked for.
+    pub embeddings: Option<Array2<f32>>,
 }
 
 /// Why a batch has no embeddings.
@@ -103,6 +148,24 @@ pub enum BackendChoice {
     Tract,
 }
 
+/// Where embeddings are scored: `embedder.scoring`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scoring {
+    /// In the graph on a GPU, on the host otherwise.
+    Auto,
+    /// On the host.
+    Host,
+    /// In the graph wherever that can be done.
+    Graph,
+}
+
+impl Scoring {
+    fn in_graph(self, gpu: bool) -> bool {
+        self == Self::Graph || (self == Self::Auto && gpu)
+    }
+}
+
 /// How to open a back end: the part of `[embedder]` that concerns it.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -119,6 +182,10 @@ pub struct Options {
     pub max_batch: usize,
     /// Whether a named back end that does not work may be replaced by the next best.
     pub allow_fallback: bool,
+    /// Where embeddings are scored.
+    pub scoring: Scoring,
+    /// Memory for class vectors that are scored in the graph, in bytes, for each embedder.
+    pub graph_bytes: usize,
     /// Where ONNX Runtime's library lies; none: well-known places are searched.
     pub onnxruntime_library: Option<PathBuf>,
 }
@@ -222,36 +289,73 @@ fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<O
     if choice == BackendChoice::Tract || choice == BackendChoice::Auto {
         let threads = if options.threads == 0 { cores } else { options.threads };
         let embedder = tract::TractEmbedder::new(model, threads)?;
+        let reason = Some("tract only embeds").filter(|_| options.scoring == Scoring::Graph);
         return Ok((
             vec![Box::new(embedder)],
-            format!("{}, an image each", plural(threads, "thread")),
+            format!("{}, an image each, {}", plural(threads, "thread"), on_the_host(reason)),
         ));
     }
     let runtime = onnxruntime::Runtime::find(options.onnxruntime_library.as_deref())?;
-    let mut embedders: Vec<Box<dyn Embedder>> = Vec::new();
-    let detail = match choice {
+    let size = |threads| onnxruntime::Size { threads, max_batch: options.max_batch };
+    let (lanes, detail): (Vec<(onnxruntime::Provider, onnxruntime::Size)>, String) = match choice {
         BackendChoice::Onnxruntime => {
             let (sessions, threads) = shares(cores, options.sessions, options.threads);
-            let size = onnxruntime::Size { threads, max_batch: options.max_batch };
-            for _ in 0..sessions {
-                let session = runtime.session(model, onnxruntime::Provider::Cpu, size)?;
-                embedders.push(Box::new(session));
-            }
-            format!("{}, {} each", plural(sessions, "session"), plural(threads, "thread"))
+            let lanes = vec![(onnxruntime::Provider::Cpu, size(threads)); sessions];
+            let each = plural(threads, "thread");
+            (lanes, format!("{}, {each} each", plural(sessions, "session")))
         }
         _ => {
-            for device in &options.devices {
-                let provider = match choice {
-                    BackendChoice::Tensorrt => onnxruntime::Provider::TensorRt(*device),
-                    _ => onnxruntime::Provider::Cuda(*device),
-                };
-                let size = onnxruntime::Size { threads: 1, max_batch: options.max_batch };
-                embedders.push(Box::new(runtime.session(model, provider, size)?));
-            }
-            format!("devices {:?}", options.devices)
+            let provider = |device: &i32| match choice {
+                BackendChoice::Tensorrt => (onnxruntime::Provider::TensorRt(*device), size(1)),
+                _ => (onnxruntime::Provider::Cuda(*device), size(1)),
+            };
+            let lanes = options.devices.iter().map(provider).collect();
+            (lanes, format!("devices {:?}", options.devices))
         }
     };
-    Ok((embedders, format!("{detail}, library {}", runtime.library().display())))
+    let open = |graph: Option<onnxruntime::Fused<'_>>| {
+        let session = |(provider, size): &(onnxruntime::Provider, onnxruntime::Size)| {
+            let session = runtime.session(model, *provider, *size, graph)?;
+            Ok::<_, String>(Box::new(session) as Box<dyn Embedder>)
+        };
+        lanes.iter().map(session).collect::<Result<Vec<_>, _>>()
+    };
+    let (embedders, scoring) = match fused_graph(model, options, choice) {
+        None => (open(None)?, on_the_host(None)),
+        Some(Err(reason)) => (open(None)?, on_the_host(Some(&reason))),
+        Some(Ok(graph)) => {
+            let fused = onnxruntime::Fused { graph: &graph, bytes: options.graph_bytes };
+            match open(Some(fused)) {
+                Ok(embedders) => (embedders, "scored in the graph".to_owned()),
+                // Scoring is no reason to be without the back end.
+                Err(reason) => (open(None)?, on_the_host(Some(&reason))),
+            }
+        }
+    };
+    Ok((embedders, format!("{detail}, {scoring}, library {}", runtime.library().display())))
+}
+
+/// The graph that scores as well, if that is asked for; else why there is none.
+fn fused_graph(
+    model: &Model,
+    options: &Options,
+    choice: BackendChoice,
+) -> Option<Result<Vec<u8>, String>> {
+    let gpu = choice != BackendChoice::Onnxruntime;
+    match choice {
+        _ if !options.scoring.in_graph(gpu) => None,
+        // Its engine is made for a range of shapes, and a set outside of it would take minutes.
+        BackendChoice::Tensorrt => {
+            Some(Err("TensorRT would build its engine anew for a larger set".to_owned()))
+        }
+        _ => Some(model.fused_graph().map_err(|e| e.to_string())),
+    }
+}
+
+/// Where scoring is done, and why not in the graph although that was asked for.
+fn on_the_host(reason: Option<&str>) -> String {
+    let reason = reason.map(|reason| format!(" ({})", reason.trim_end_matches('.')));
+    format!("scored on the host{}", reason.unwrap_or_default())
 }
 
 /// Sessions on a CPU, at most, if nobody says how many: each has the weights once more.

@@ -3,13 +3,14 @@
 //! Whoever has decoded an image claims a [`Frame`] ([`Engine::frame`]), writes the pixels into it
 //! and submits it ([`Engine::submit`]). One task, the [`batcher`], collects images and closes
 //! batches by policy. Each embedder is owned by an OS thread, the [`executor`], which embeds a
-//! batch, scores it and answers. The channel between them holds one batch: that is the prefetch,
-//! and all of it. Frames are parts of the buffer that the embedder reads ([`frames`]), so pixels are
-//! written once.
+//! batch, scores it (or lets the back end do so: [`scoring`]) and answers. The channel between them
+//! holds one batch: that is the prefetch, and all of it. Frames are parts of the buffer that the
+//! embedder reads ([`frames`]), so pixels are written once.
 
 pub mod batcher;
 pub mod executor;
 pub mod frames;
+mod scoring;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -102,6 +103,7 @@ pub struct EngineStats {
     linger: AtomicU64,
     drain: AtomicU64,
     embed_nanos: AtomicU64,
+    in_graph: AtomicU64,
 }
 
 impl EngineStats {
@@ -129,7 +131,18 @@ impl EngineStats {
         let [full, linger, drain] = [CloseReason::Full, CloseReason::Linger, CloseReason::Drain]
             .map(|reason| self.batches(reason));
         let total = full + linger + drain;
-        format!("{total} (closed: {full} full, {linger} after the linger, {drain} on the drain)")
+        let in_graph = match self.scored_in_graph() {
+            0 => String::new(),
+            batches => format!(", {batches} scored in the graph"),
+        };
+        format!(
+            "{total} (closed: {full} full, {linger} after the linger, {drain} on the drain){in_graph}"
+        )
+    }
+
+    /// Batches that the back end scored itself. Of a batch that failed, its parts count.
+    pub fn scored_in_graph(&self) -> u64 {
+        self.in_graph.load(Ordering::Relaxed)
     }
 
     /// Images that were put into a batch.

@@ -3,10 +3,14 @@
 //! Unknown fields are ignored on read, so that old workers accept newer jobs. Everything else is
 //! checked here, once; the rest of the code trusts a [`Job`].
 
+mod embedding;
+mod image;
+
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::embedding::{Embedding, decode_embedding};
 use crate::error::{Failure, FailureCode, ImageError};
 
 /// AMQP property `type` of a job.
@@ -75,7 +79,7 @@ pub struct JobLimits {
 #[derive(Deserialize)]
 struct Draft {
     id: Option<String>,
-    images: Vec<ImageDraft>,
+    images: Vec<ImageRef>,
     classes: String,
     #[serde(default = "one")]
     top_k: u64,
@@ -87,13 +91,6 @@ struct Draft {
 
 fn one() -> u64 {
     1
-}
-
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "an image is a URI or an object with `uri` and, optionally, `id`")]
-enum ImageDraft {
-    Uri(String),
-    Object { uri: String, id: Option<String> },
 }
 
 impl Job {
@@ -147,17 +144,9 @@ impl Job {
                 "`min_score` is a cosine similarity: it must lie in [-1, 1]".to_owned(),
             ));
         }
-        let images = draft
-            .images
-            .into_iter()
-            .map(|image| match image {
-                ImageDraft::Uri(uri) => ImageRef { uri, id: None },
-                ImageDraft::Object { uri, id } => ImageRef { uri, id },
-            })
-            .collect();
         Ok(Self {
             id,
-            images,
+            images: draft.images,
             classes,
             top_k,
             min_score: draft.min_score,
@@ -273,6 +262,42 @@ pub struct JobResult {
     pub finished_at: String,
 }
 
+impl JobResult {
+    /// The message's body.
+    ///
+    /// # Errors
+    /// None that is known of: `serde_json` refuses nothing that a result holds.
+    pub fn to_json(&self) -> serde_json::Result<Vec<u8>> {
+        let mut body = Vec::with_capacity(self.likely_bytes());
+        serde_json::to_writer(&mut body, self)?;
+        Ok(body)
+    }
+
+    /// About as many bytes as its JSON has, rather too many: a buffer that grows is copied each
+    /// time.
+    fn likely_bytes(&self) -> usize {
+        let images = match &self.outcome {
+            Outcome::Done { images, .. } => images.as_slice(),
+            Outcome::Failed { .. } => &[],
+        };
+        let of_entry = |entry: &ImageEntry| {
+            let verdict = match &entry.verdict {
+                Verdict::Failed { error } => error.message.len() + 64,
+                Verdict::Labelled(classified) => {
+                    let top = classified.top.iter().map(|best| best.label.len() + 36);
+                    let embedding = classified.embedding.as_ref().map_or(0, |e| e.0.len() * 16 / 3);
+                    classified.label.as_ref().map_or(4, String::len)
+                        + top.sum::<usize>()
+                        + embedding
+                        + 96
+                }
+            };
+            entry.uri.len() + entry.id.as_ref().map_or(0, String::len) + 24 + verdict
+        };
+        512 + self.id.len() + images.iter().map(of_entry).sum::<usize>()
+    }
+}
+
 /// What came of a job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "status", rename_all = "snake_case")]
@@ -341,9 +366,9 @@ pub struct Classified {
     pub margin: Option<f32>,
     /// The best classes, best first, each once.
     pub top: Vec<LabelScore>,
-    /// The normalised embedding, base64 of little-endian f32, when the job asked for it.
+    /// The normalised embedding, when the job asked for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub embedding: Option<String>,
+    pub embedding: Option<Embedding>,
 }
 
 /// One label and its score.
@@ -353,21 +378,6 @@ pub struct LabelScore {
     pub label: String,
     /// Cosine similarity, in [-1, 1].
     pub score: f32,
-}
-
-/// A normalised embedding as results carry it: base64 (RFC 4648, padded) of little-endian f32.
-pub fn encode_embedding(embedding: &[f32]) -> String {
-    use base64::Engine;
-    let bytes: Vec<u8> = embedding.iter().flat_map(|x| x.to_le_bytes()).collect();
-    base64::engine::general_purpose::STANDARD.encode(bytes)
-}
-
-/// The inverse of [`encode_embedding`]; none if the text is not base64 of whole f32 values.
-pub fn decode_embedding(text: &str) -> Option<Vec<f32>> {
-    use base64::Engine;
-    let bytes = base64::engine::general_purpose::STANDARD.decode(text).ok()?;
-    let (values, rest) = bytes.as_chunks::<4>();
-    rest.is_empty().then(|| values.iter().map(|v| f32::from_le_bytes(*v)).collect())
 }
 
 #[cfg(test)]
@@ -511,9 +521,39 @@ mod tests {
     }
 
     #[test]
-    fn embeddings_survive_the_wire_exactly() {
-        let embedding = [0.1_f32, -2.5e-20, 1.0, f32::MIN_POSITIVE];
-        assert_eq!(decode_embedding(&encode_embedding(&embedding)).unwrap(), embedding);
-        assert_eq!(decode_embedding("AAA="), None);
+    fn a_results_body_is_written_into_a_buffer_that_need_not_grow() {
+        let labelled = Classified {
+            label: Some("cola".into()),
+            score: -0.831_234_5,
+            margin: Some(0.000_123_456_7),
+            top: vec![LabelScore { label: "cola".into(), score: -0.831_234_5 }; 100],
+            embedding: Some(Embedding(vec![-0.123; 1280])),
+        };
+        let error = ImageError::new(crate::error::ImageErrorCode::StorageUnavailable, "gone");
+        for (verdict, count) in [
+            (Verdict::Labelled(labelled.clone()), 30),
+            (Verdict::Labelled(Classified { top: vec![], embedding: None, ..labelled }), 1000),
+            (Verdict::Failed { error }, 1000),
+        ] {
+            let entry =
+                ImageEntry { uri: "s3://photos/a.jpg".into(), id: Some("sku-1".into()), verdict };
+            let provenance = Provenance {
+                classes: "bottles@7".into(),
+                model: "efficientnet-lite0@3f2a9c1b04de".into(),
+                backend: "onnxruntime-tensorrt".into(),
+            };
+            let result = JobResult {
+                id: "nightly/000017".into(),
+                outcome: Outcome::Done { provenance, images: vec![entry; count] },
+                run: Some(Run { id: "nightly".into(), jobs: u64::MAX, index: u64::MAX }),
+                attempt: u32::MAX,
+                worker: "host-1".into(),
+                finished_at: "2026-01-31T12:00:00.000Z".into(),
+            };
+            let body = result.to_json().unwrap();
+            assert_eq!(body, serde_json::to_vec(&result).unwrap());
+            let likely = result.likely_bytes();
+            assert!((body.len()..2 * body.len()).contains(&likely), "{likely}, {}", body.len());
+        }
     }
 }

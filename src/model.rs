@@ -5,6 +5,7 @@
 //! stands in code. A small default model is compiled into the binary, so that `angler classify`
 //! needs nothing beside it.
 
+pub mod fused;
 mod graph;
 
 use std::path::{Path, PathBuf};

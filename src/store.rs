@@ -2,6 +2,7 @@
 
 pub mod local;
 pub mod s3;
+pub mod shared;
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -24,13 +25,14 @@ pub trait ImageStore: Send + Sync {
     async fn fetch(&self, uri: &str, budget: &ByteBudget) -> Result<Fetched, ImageError>;
 }
 
-/// An image's encoded bytes and their share of the budget, which is given back on drop.
-#[derive(Debug)]
+/// An image's encoded bytes and their share of the budget. Clones have the same bytes and the same
+/// share, which is given back with the last of them.
+#[derive(Debug, Clone)]
 pub struct Fetched {
     /// The encoded image.
     pub bytes: Bytes,
     /// What the bytes hold of `limits.bytes_in_flight`.
-    pub permit: OwnedSemaphorePermit,
+    pub permit: Arc<OwnedSemaphorePermit>,
 }
 
 /// Bounds the encoded bytes that are in memory at once, over all jobs.
@@ -52,13 +54,19 @@ impl ByteBudget {
     ///
     /// # Errors
     /// `too_large` if one image may not have so many.
-    pub async fn reserve(&self, bytes: u64) -> Result<OwnedSemaphorePermit, ImageError> {
+    pub async fn reserve(&self, bytes: u64) -> Result<Arc<OwnedSemaphorePermit>, ImageError> {
         let fits = u32::try_from(bytes).ok().filter(|b| *b <= self.image_bytes);
         let Some(bytes) = fits else { return Err(self.too_large(&bytes.to_string())) };
         Arc::clone(&self.bytes)
             .acquire_many_owned(bytes)
             .await
+            .map(Arc::new)
             .map_err(|_| ImageError::new(ImageErrorCode::Internal, "the byte budget was closed"))
+    }
+
+    /// Whether both are one budget.
+    fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.bytes, &other.bytes) && self.image_bytes == other.image_bytes
     }
 
     /// The most bytes that one image may have.

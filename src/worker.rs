@@ -31,9 +31,7 @@ use crate::classes::shadow::Shadow;
 use crate::embed::Backend;
 use crate::engine::{Scored, SubmitError, Want};
 use crate::error::{Failure, FailureCode, FatalError, ImageError, ImageErrorCode, JobError};
-use crate::job::{
-    ImageEntry, ImageRef, Job, JobResult, Outcome, Provenance, Verdict, encode_embedding,
-};
+use crate::job::{Embedding, ImageEntry, ImageRef, Job, JobResult, Outcome, Provenance, Verdict};
 use crate::outage::Outage;
 use crate::pipeline::Pipeline;
 use crate::retry::RetrySchedule;
@@ -356,8 +354,8 @@ impl Core {
         delivery: Delivery,
         admitted: Result<Admitted, JobError>,
     ) -> Result<(), FatalError> {
-        let Delivery { job, attempt, reply, settle, .. } = delivery;
-        let outcome = match (&job, admitted) {
+        let Delivery { mut job, attempt, reply, settle, .. } = delivery;
+        let outcome = match (&mut job, admitted) {
             (Ok(job), Ok(admitted)) => self.collect(job, admitted, attempt).await,
             (_, Err(error)) => Err(error),
             (Err(unworkable), Ok(_)) => Err(unworkable.failure.clone().into()),
@@ -385,10 +383,10 @@ impl Core {
         Ok(())
     }
 
-    /// Every image's entry, in the job's order.
+    /// Every image's entry, in the job's order. The job's own list becomes theirs.
     async fn collect(
         &self,
-        job: &Job,
+        job: &mut Job,
         admitted: Admitted,
         attempt: u32,
     ) -> Result<Outcome, JobError> {
@@ -396,7 +394,7 @@ impl Core {
         let mut entries = Vec::with_capacity(images.len());
         let mut transient = Vec::new();
         let mut images = images.into_iter();
-        for ImageRef { uri, id } in &job.images {
+        for ImageRef { uri, id } in std::mem::take(&mut job.images) {
             let outcome = match images.next() {
                 Some(image) => self.image_outcome(image, deadline).await?,
                 None => Err(self.out_of_time()),
@@ -406,10 +404,10 @@ impl Core {
                     if let (Some(shadow), Some(candidate)) = (&self.options.shadow, &candidate) {
                         let now = Opinion::of(&classes, &scored.top, job.min_score);
                         let then = Opinion::of(candidate, &scored.shadow, job.min_score);
-                        shadow.count(uri, &classes.id(), now, then);
+                        shadow.count(&uri, &classes.id(), now, then);
                     }
                     let mut classified = classes.classified(&scored.top, job.top_k, job.min_score);
-                    classified.embedding = scored.embedding.as_deref().map(encode_embedding);
+                    classified.embedding = scored.embedding.map(Embedding);
                     Verdict::Labelled(classified)
                 }
                 Err(error) => {
@@ -420,7 +418,7 @@ impl Core {
                     Verdict::Failed { error }
                 }
             };
-            entries.push(ImageEntry { uri: uri.clone(), id: id.clone(), verdict });
+            entries.push(ImageEntry { uri, id, verdict });
         }
         // The store may be back later. After the last attempt, what can be said is said, unless
         // that is nothing at all.

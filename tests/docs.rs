@@ -78,3 +78,51 @@ async fn the_life_of_class_vectors_can_be_followed() {
     }
     drop(worker);
 }
+
+/// What they measure takes minutes and packages of their own; that they parse, and that their flags are those that the page
+/// shows, can be had here.
+#[test]
+fn the_scripts_of_the_comparison_parse_and_know_what_the_page_shows() {
+    let folder = repository("benches/peer");
+    let mut scripts = 0;
+    for file in std::fs::read_dir(&folder).unwrap() {
+        let path = file.unwrap().path();
+        if path.extension().is_none_or(|ending| ending != "py") {
+            continue;
+        }
+        let parse = "import ast, sys; ast.parse(open(sys.argv[1]).read())";
+        let output = Command::new(var("ANGLER_TEST_PYTHON"))
+            .args(["-c", parse])
+            .arg(&path)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{path:?}: {}", String::from_utf8_lossy(&output.stderr));
+        scripts += 1;
+    }
+    assert!(scripts >= 4, "only {scripts} scripts were found");
+
+    let page = std::fs::read_to_string(repository("docs/performance.md")).unwrap();
+    let run = std::fs::read_to_string(folder.join("run.py")).unwrap();
+    let commands = page.lines().filter_map(|line| line.split_once("benches/peer/run.py "));
+    let flags: Vec<_> = commands
+        .flat_map(|(_, arguments)| {
+            arguments.split_whitespace().filter(|word| word.starts_with("--"))
+        })
+        .collect();
+    assert!(flags.len() >= 2, "the page shows {flags:?}");
+    for flag in flags {
+        assert!(run.contains(&format!("add_argument(\"{flag}\"")), "{flag}");
+    }
+    let tunables: Vec<_> = page
+        .split('`')
+        .filter_map(|code| code.strip_prefix("PEER_"))
+        .map(|code| code.split('=').next().unwrap())
+        .collect();
+    assert!(tunables.len() >= 8, "the page shows {tunables:?}");
+    let peers = ["worker.py", "server.py"]
+        .map(|name| std::fs::read_to_string(folder.join(name)).unwrap())
+        .concat();
+    for name in tunables {
+        assert!(peers.contains(&format!("tunable(\"{name}\"")), "PEER_{name}");
+    }
+}

@@ -83,6 +83,7 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("embed", "embed::onnxruntime", "`embed::open` chooses among the back ends"),
     ("embed", "embed::tract", "`embed::open` chooses among the back ends"),
     ("model::graph", "tract_onnx::pb", "a graph is edited as protobuf, and these are its types"),
+    ("model::fused", "tract_onnx::pb", "a graph is edited as protobuf, and these are its types"),
 ];
 
 /// Paths of other crates that a layer and all below it do without.
@@ -116,7 +117,7 @@ fn layer(module: &str) -> Option<Layer> {
     let known = |path: &str| LAYERS.iter().find(|(m, _)| *m == path).map(|(_, layer)| *layer);
     let (depth, found) =
         (1..=path.len()).rev().find_map(|n| Some((n, known(&path[..n].join("::"))?)))?;
-    let below_a_port = depth < path.len() && found == Ports && module != "model::graph";
+    let below_a_port = depth < path.len() && found == Ports && !module.starts_with("model::");
     Some(if below_a_port { Adapters } else { found })
 }
 

@@ -18,6 +18,7 @@ use support::{Setup, files, repository, var};
 use tract_onnx::pb;
 
 const DEFAULT: &str = "models/efficientnet-lite0";
+const INT8: &str = "models/efficientnet-lite0-int8";
 const TINY: [&str; 3] = ["tiny-nhwc", "tiny-fixed4", "tiny-fixed1"];
 const BACK_ENDS: [BackendChoice; 2] = [BackendChoice::Tract, BackendChoice::Onnxruntime];
 
@@ -39,6 +40,8 @@ fn try_open(model: &Model, choice: BackendChoice) -> Result<embed::Opened, embed
         sessions: 1,
         max_batch: 32,
         allow_fallback: false,
+        scoring: embed::Scoring::Host,
+        graph_bytes: 0,
         onnxruntime_library: library,
     };
     embed::open(model, &options)
@@ -159,7 +162,7 @@ fn large_photos_decoded_at_a_fraction_of_their_size_embed_as_if_decoded_whole() 
     let seen = |bytes: &[u8]| preprocess(bytes, &model.pixels, limits).unwrap().data.into_vec();
     let mut embedder = open(&model, BackendChoice::Onnxruntime);
     // 2 eighths, and the two that leave the least to the resampling filter: 3 and 1.
-    for (width, height) in [(4000, 3000), (1600, 1200), (4800, 3600)] {
+    for (width, height) in [(4000, 3000), (1600, 1200), (4096, 4096)] {
         let (mut reduced, mut whole) = (Vec::new(), Vec::new());
         for file in files("samples/photos") {
             let photo = decode(&std::fs::read(&file).unwrap(), limits).unwrap();
@@ -198,6 +201,28 @@ fn the_default_model_sees_the_samples_as_its_reference_does() {
         all
     });
     assert_near("tract and ONNX Runtime", &all[0], &all[1], 0.99999);
+}
+
+#[test]
+fn the_int8_model_sees_almost_what_the_default_one_sees() {
+    let (default, int8) = (load(DEFAULT), load(INT8));
+    // Near is not the same: vectors of one are refused by the other.
+    assert_ne!(int8.fingerprint, default.fingerprint);
+    assert_eq!(int8.pixels, default.pixels);
+    assert_eq!((int8.dim, int8.fixed_batch), (default.dim, None));
+    let queries = files("samples/fashion/query").into_iter().filter(|f| f.ends_with("0000.png"));
+    let images: Vec<Vec<u8>> = files("samples/photos")
+        .into_iter()
+        .chain(queries)
+        .map(|file| pixels(&default.pixels, &file))
+        .collect();
+    assert_eq!(images.len(), 18);
+    let mut exact = open(&default, BackendChoice::Onnxruntime);
+    let wanted = embeddings(exact.as_mut(), &default, &images);
+    for choice in BACK_ENDS {
+        let found = embeddings(open(&int8, choice).as_mut(), &int8, &images);
+        assert_near(&format!("{choice:?}, int8"), &found, &wanted, 0.9);
+    }
 }
 
 #[test]

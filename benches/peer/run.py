@@ -1,198 +1,204 @@
 #!/usr/bin/env python3
-"""angler's worker beside the Python worker of worker.py, in turn, on the same broker, store, images and model.
+"""angler's worker beside Python workers, in turn, on the same broker, store, images and model.
 
     cargo build --release
     eval "$(tests/services.sh up)"
     python3 -m venv target/peer && target/peer/bin/pip install -r benches/peer/requirements.txt
-    target/peer/bin/python benches/peer/run.py [--rounds 3] [--images 640] [--model models/efficientnet-lite0]
+    target/peer/bin/python benches/peer/run.py --model models/efficientnet-lite0 FOLDER…
+    target/peer/bin/python benches/peer/run.py --memory 100000
 
-Two kinds of photos are made of samples/photos: small ones (about 22 kB) and 1600 × 1200 ones. In each round each worker
-gets all images as jobs of 64, after a first job that is not counted; the time runs from the second job's publication,
-with all jobs already in the queue, to the last result. Nothing else should run on the machine.
+The ways: `batched` and `one-by-one` of worker.py; `mosec` and `mosec-stages`, the two shapes of server.py.
+
+Two kinds of photos are made of samples/photos: small ones of 320 × 240 (about 26 kB), and 1600 × 1200 as a camera makes
+them. In each round each way gets all images as jobs of 64, after a first job that is not counted; the time runs from
+the first job's publication to the last result. The next round begins with the next way. Nothing else should run on
+the machine.
 """
 
 import argparse
-import concurrent.futures
-import io
+import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
 import time
 
-import boto3
-import botocore.config
-import numpy as np
-import pika
-from PIL import Image
+import harness
+import procfs
+from harness import PER_JOB, ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-PER_JOB = 64
-WAYS = ["angler", "batched", "one-by-one"]
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--rounds", type=int, default=3)
-parser.add_argument("--images", type=int, default=640, help="images a round and worker")
-parser.add_argument("--model", default="models/efficientnet-lite0")
-parser.add_argument("--ways", default=",".join(WAYS), help="which workers, by comma")
-parser.add_argument("--setting", action="append", default=[], help="KEY=VALUE for angler")
-args = parser.parse_args()
-ways = args.ways.split(",")
-model = str((ROOT / args.model).resolve())
-
-amqp = os.environ["ANGLER_TEST_AMQP_URL"]
-endpoint = os.environ["ANGLER_TEST_S3_ENDPOINT"]
-os.environ |= {
-    "AWS_ACCESS_KEY_ID": os.environ["ANGLER_TEST_S3_KEY"],
-    "AWS_SECRET_ACCESS_KEY": os.environ["ANGLER_TEST_S3_SECRET"],
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
-work = ROOT / "target" / "peer-data"
-work.mkdir(parents=True, exist_ok=True)
-env = os.environ | {
-    "AMQP_URL": amqp,
-    "S3_ENDPOINT": endpoint,
-    "MODEL": model,
-    "CLASSES": str(work / "classes" / "peer" / "1.safetensors"),
-    "ANGLER__AMQP__URL": amqp,
-    "ANGLER__S3__ENDPOINT": endpoint,
-    "ANGLER__S3__PATH_STYLE": "true",
-    "ANGLER__CLASSES__ROOT": str(work / "classes"),
-    "ANGLER__MODEL__PATH": model,
-    "ANGLER__EMBEDDER__BACKEND": "onnxruntime",
-    "ANGLER__EMBEDDER__ONNXRUNTIME_LIBRARY": os.environ["ANGLER_TEST_ONNXRUNTIME"],
-    "ANGLER__HTTP__LISTEN": "",
-    "ANGLER__LOG__LEVEL": "warn",
-}
-binary = ROOT / "target" / "release" / "angler"
-
-# ---- classes, images
-
-version = work / "classes" / "peer" / "1.safetensors"
-version.unlink(missing_ok=True)
-subprocess.run(
-    [binary, "classes", "build", ROOT / "samples/fashion/reference", "--set", "peer", "--version", "1"],
-    env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-)
-s3 = boto3.client(
-    "s3", endpoint_url=endpoint, region_name="us-east-1",
-    config=botocore.config.Config(max_pool_connections=8, s3={"addressing_style": "path"}),
-)
-bucket = f"peer-{os.getpid()}"
-s3.create_bucket(Bucket=bucket)
-photos = [Image.open(path).convert("RGB") for path in sorted((ROOT / "samples/photos").iterdir())]
-random = np.random.default_rng(0)
+PACKAGES = ["onnxruntime", "pillow", "numpy", "boto3", "pika", "mosec"]
+COLUMNS = ["model", "images", "way", "images/s", "angler is", "same labels", "scores within", "peak memory", "CPU ms an image: worker", "broker", "store"]
 
 
-def make(kind, number):
-    """A crop of a photo, with some noise, as a camera's picture has."""
-    photo = photos[number % len(photos)]
-    size, quality = ((320, 240), 90) if kind == "small" else ((1600, 1200), 87)
-    width = int(photo.width * (0.6 + 0.4 * ((number * 37) % 100) / 100))
-    height = min(photo.height, width * 3 // 4)
-    box = ((number * 13) % (photo.width - width + 1), (number * 7) % (photo.height - height + 1))
-    image = photo.crop((*box, box[0] + width, box[1] + height)).resize(size, Image.BICUBIC)
-    noise = random.normal(0, 3, (size[1], size[0], 1))
-    array = (np.asarray(image, dtype=np.float32) + noise).clip(0, 255).astype(np.uint8)
-    body = io.BytesIO()
-    Image.fromarray(array).save(body, "JPEG", quality=quality)
-    key = f"{kind}/{number:05}.jpg"
-    s3.put_object(Bucket=bucket, Key=key, Body=body.getvalue())
-    return f"s3://{bucket}/{key}", len(body.getvalue())
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=640, help="of each kind; each round and way gets them all")
+    parser.add_argument("--kinds", default="small,camera", help="by comma")
+    parser.add_argument("--model", nargs="+", default=["models/efficientnet-lite0"], metavar="FOLDER")
+    parser.add_argument("--ways", default="angler,batched,one-by-one,mosec", help=f"by comma, of {', '.join(harness.WAYS)}")
+    parser.add_argument("--binary", default="target/release/angler")
+    parser.add_argument("--setting", action="append", default=[], metavar="KEY=VALUE", help="for angler; may be repeated")
+    parser.add_argument("--json", metavar="FILE", help="the figures of each round, too")
+    parser.add_argument("--memory", type=int, metavar="IMAGES", help="instead: the worker's memory over so many images")
+    args = parser.parse_args()
+    args.kinds, args.ways = args.kinds.split(","), args.ways.split(",")
+    args.binary = (pathlib.Path.cwd() / args.binary).resolve()
+    args.model = [pathlib.Path(model).resolve() for model in args.model]
+    if unknown := (set(args.kinds) - set(harness.SIZES)) | (set(args.ways) - set(harness.WAYS)):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if args.ways[0] != "angler":
+        parser.error("the first way must be angler: the others are compared with it")
+    for path in [args.binary, *(model / "model.toml" for model in args.model)]:
+        if not path.is_file():
+            parser.error(f"there is no {path}")
+    return args
 
 
-images = {}
-for kind in ["small", "camera"]:
-    distinct = min(args.images, 160)
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda n: make(kind, n), range(distinct)))
-    images[kind] = [made[n % distinct][0] for n in range(args.images)]
-    print(f"{kind}: {distinct} images of {sum(size for _, size in made) / distinct / 1e3:.0f} kB on average", flush=True)
-
-# ---- one worker on one queue of jobs
-
-connection = pika.BlockingConnection(pika.URLParameters(amqp))
-channel = connection.channel()
-channel.confirm_delivery()
-
-
-def publish(job):
-    properties = pika.BasicProperties(delivery_mode=2, type="classify.v1")
-    channel.basic_publish("", "angler.jobs", json.dumps(job).encode(), properties=properties, mandatory=True)
-
-
-def result():
-    while True:
-        method, _, body = channel.basic_get("angler.results", auto_ack=True)
-        if method:
-            return json.loads(body)
-        time.sleep(0.002)
-
-
-def start(way):
-    if way == "angler":
-        settings = [part for pair in args.setting for part in ("--setting", pair)]
-        return subprocess.Popen([binary, "worker", *settings], env=env, stdout=subprocess.PIPE, text=True)
-    command = [sys.executable, ROOT / "benches/peer/worker.py", way]
-    worker = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-    assert worker.stdout.readline() == "ready\n"
-    return worker
-
-
-def measure(way, uris):
-    """Images a second, and the label of each image."""
-    worker = start(way)
-    try:
-        publish({"id": "warm", "images": uris[:PER_JOB], "classes": "peer@1"})
-        assert result()["status"] == "done"
+def measure(bench, way, uris):
+    """One way, once: what it took, and the label and score of each image."""
+    with bench.worker(way) as worker, bench.servers.channel() as channel:
+        harness.warm(channel, worker, uris)
+        jobs = harness.jobs_of(uris)
+        before = worker.cpu()
         began = time.monotonic()
-        jobs = [uris[i : i + PER_JOB] for i in range(0, len(uris), PER_JOB)]
         for number, part in enumerate(jobs):
-            publish({"id": f"job/{number}", "images": part, "classes": "peer@1"})
-        labels = {}
-        for _ in jobs:
-            done = result()
-            labels |= {entry["uri"]: entry["label"] for entry in done["images"]}
-        return len(uris) / (time.monotonic() - began), labels
-    finally:
-        worker.terminate()
-        worker.wait()
+            harness.publish(channel, f"job/{number}", part)
+        bodies = list(harness.results(channel, worker, len(jobs)))
+        seconds = time.monotonic() - began
+        after = worker.cpu()
+        used = {name: None if after[name] is None else (after[name] - before[name]) / len(uris) for name in after}
+        peak = procfs.memory(worker.pids(), "VmHWM")
+        run = {"images_per_second": len(uris) / seconds, "peak_bytes": peak, "cpu_seconds_per_image": used}
+        return run, harness.answers(bodies)
 
 
-# The worker declares the queues.
-declare = start("angler")
-while declare.poll() is None:
-    try:
-        probe = connection.channel()
-        probe.queue_declare("angler.results", passive=True)
-        probe.queue_declare("angler.jobs", passive=True)
-        break
-    except pika.exceptions.ChannelClosedByBroker:
-        time.sleep(0.1)
-declare.terminate()
-declare.wait()
-channel.queue_purge("angler.jobs")
-channel.queue_purge("angler.results")
-
-for kind, uris in images.items():
-    rates = {way: [] for way in ways}
-    agreement = []
-    for _ in range(args.rounds):
-        labels = {}
+def compare(bench, ways, uris, rounds):
+    """Each way's runs, one a round. A ratio is taken within its round, since a machine's speed drifts."""
+    runs = {way: [] for way in ways}
+    for number in range(rounds):
+        first = number % len(ways)
+        found = {}
+        for way in ways[first:] + ways[:first]:
+            run, found[way] = measure(bench, way, uris)
+            runs[way].append(run)
+            print(f"round {number + 1}: {way}: {run['images_per_second']:.1f} images/s", file=sys.stderr)
         for way in ways:
-            rate, labels[way] = measure(way, uris)
-            rates[way].append(rate)
-        if len(ways) > 1:
-            same = [labels[ways[0]][uri] == labels[ways[1]][uri] for uri in labels[ways[0]]]
-            agreement.append(statistics.mean(same))
-    for way in ways:
-        ratios = [a / b for a, b in zip(rates[ways[0]], rates[way])]
-        print(
-            f"{kind:7} {way:11} {statistics.median(rates[way]):7.1f} images/s   "
-            f"{ways[0]} is {statistics.median(ratios):.2f} times as fast   {[round(r, 1) for r in rates[way]]}",
-            flush=True,
-        )
-    if agreement:
-        print(f"{kind:7} same labels: {100 * min(agreement):.1f}%", flush=True)
+            run = runs[way][-1]
+            run["ratio"] = runs["angler"][-1]["images_per_second"] / run["images_per_second"]
+            pairs = [(found["angler"][uri], found[way][uri]) for uri in uris]
+            run["same_labels"] = statistics.mean(ours[0] == theirs[0] for ours, theirs in pairs)
+            run["scores_within"] = max(abs(ours[1] - theirs[1]) for ours, theirs in pairs)
+    return runs
+
+
+def summary(runs):
+    def median(pick):
+        values = [pick(run) for run in runs]
+        return None if None in values else statistics.median(values)
+
+    used = runs[0]["cpu_seconds_per_image"]
+    return {
+        "images_per_second": median(lambda run: run["images_per_second"]),
+        "ratio": median(lambda run: run["ratio"]),
+        "same_labels": min(run["same_labels"] for run in runs),
+        "scores_within": max(run["scores_within"] for run in runs),
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+        "cpu_seconds_per_image": {name: median(lambda run: run["cpu_seconds_per_image"][name]) for name in used},
+    }
+
+
+def row(model, kind, way, figures):
+    used = figures["cpu_seconds_per_image"]
+    cpu = ["–" if used[name] is None else f"{used[name] * 1e3:.1f}" for name in ["worker", "broker", "store"]]
+    beside = [f"{figures['ratio']:.2f} ×", f"{100 * figures['same_labels']:.1f} %", f"{figures['scores_within']:.4f}"]
+    if way == "angler":
+        beside = [""] * len(beside)
+    return [model, kind, way, f"{figures['images_per_second']:.1f}", *beside, f"{figures['peak_bytes'] / 1e6:.0f} MB", *cpu]
+
+
+def table(rows):
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def watch_memory(bench, images, total):
+    """angler's resident memory while it has more to do than it can: jobs of all kinds in turn, all in the queue."""
+    samples = []
+
+    def sample(done):
+        samples.append({"images": done, "rss_bytes": procfs.memory(worker.pids(), "VmRSS")})
+        samples[-1]["peak_bytes"] = procfs.memory(worker.pids(), "VmHWM")
+        print(f"{done:8} images   {samples[-1]['rss_bytes'] / 1e6:6.1f} MB   peak {samples[-1]['peak_bytes'] / 1e6:6.1f} MB", flush=True)
+
+    with bench.worker("angler") as worker, bench.servers.channel() as channel:
+        jobs = [job for kinds in zip(*(harness.jobs_of(uris) for uris in images.values())) for job in kinds]
+        harness.warm(channel, worker, jobs[0])
+        sample(0)
+        count = -(-total // PER_JOB)
+        for number in range(count):
+            harness.publish(channel, f"job/{number}", jobs[number % len(jobs)])
+        done, step = 0, min(10_000, max(PER_JOB, total // 10))
+        for body in harness.results(channel, worker, count):
+            before, done = done, done + len(harness.answers([body]))
+            if done // step > before // step or done >= total > before:
+                sample(done)
+    return samples
+
+
+def about(args, servers):
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    angler = subprocess.run([args.binary, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    library = os.environ["ANGLER_TEST_ONNXRUNTIME"].rpartition(".so.")[2]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": procfs.machine(),
+        "versions": {
+            "angler": f"{angler.split()[-1]} ({commit.stdout.strip()}, ONNX Runtime {library})",
+            "python": sys.version.split()[0],
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+            **servers.versions(),
+        },
+        "tried": {name: value for name, value in os.environ.items() if name.startswith("PEER_")} | {"angler": args.setting},
+    }
+
+
+def main():
+    args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was made is cleaned up
+    with harness.Servers() as servers:
+        report = about(args, servers) | {"images": args.images, "rounds": args.rounds, "rows": [], "memory": []}
+        machine = report["machine"]
+        print(f"{report['date']}, {machine['cores']} cores of {machine['cpu']}, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}")
+        print(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+        plan = f"memory over {args.memory} images" if args.memory else f"{args.rounds} rounds"
+        print(f"{args.images} images of each kind in jobs of {PER_JOB}, {plan}", flush=True)
+        images = {kind: servers.upload(kind, args.images) for kind in args.kinds}
+        rows = [COLUMNS]
+        for model in args.model:
+            with harness.Bench(servers, args.binary, model, args.setting) as bench:
+                harness.declare_queues(bench)
+                if args.memory:
+                    print(model.name)
+                    report["memory"].append({"model": model.name, "samples": watch_memory(bench, images, args.memory)})
+                    continue
+                for kind, uris in images.items():
+                    for way, runs in compare(bench, args.ways, uris, args.rounds).items():
+                        figures = summary(runs)
+                        rows.append(row(model.name, kind, way, figures))
+                        report["rows"].append({"model": model.name, "kind": kind, "way": way} | figures | {"runs": runs})
+        if not args.memory:
+            print("\n" + table(rows))
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

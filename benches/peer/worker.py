@@ -1,18 +1,26 @@
 """What somebody writes in an afternoon, written fairly: an image-classification worker that speaks angler's jobs
 and results, on pika, boto3, Pillow, onnxruntime and numpy.
 
-    worker.py batched      fetches and decodes a job's images in a pool of threads, embeds up to 32 at once
+    worker.py batched      a pool of threads fetches and decodes, ahead and across jobs; up to 32 images are embedded at once
     worker.py one-by-one   an image after the other
+    worker.py served       a pool of threads fetches and posts each image to the model server of server.py
 
-Settings come from the environment: AMQP_URL, S3_ENDPOINT, MODEL (a folder), CLASSES (a class vectors file). It prints
-"ready" once it consumes. No retries, no limits, no hot swap: only what a benchmark needs.
+One thread talks to the broker, so that publishing a result and waiting for its confirm does not stop the embedding.
+Settings come from the environment: AMQP_URL, S3_ENDPOINT, MODEL (a folder), CLASSES (a class vectors file), SERVER (a URL);
+PEER_* below are there to try other values. It prints "ready" before it consumes. No retries, no limits, no hot swap: only
+what a benchmark needs. Whatever goes wrong ends it.
 """
 
+import functools
 import io
 import json
 import os
+import queue
 import sys
+import threading
+import time
 import tomllib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import boto3
@@ -20,94 +28,182 @@ import botocore.config
 import numpy as np
 import onnxruntime
 import pika
+import urllib3
 from PIL import Image, ImageOps
 from safetensors import safe_open
 
-BATCH = 32
-THREADS = 8
+
+def tunable(name, default):
+    return int(os.environ.get(f"PEER_{name}", default))
+
+
 PREFETCH = 16
 
-batched = sys.argv[1] == "batched"
-model_dir = os.environ["MODEL"]
-with open(f"{model_dir}/model.toml", "rb") as file:
-    spec = tomllib.load(file)["input"]
-assert spec["resize"] == "shorter-side" and spec["filter"] == "bicubic" and spec["channels"] == "rgb"
-mean = np.array(spec["mean"], dtype=np.float32)
-std = np.array(spec["std"], dtype=np.float32)
 
-s3 = boto3.client(
-    "s3",
-    endpoint_url=os.environ["S3_ENDPOINT"],
-    region_name="us-east-1",
-    config=botocore.config.Config(max_pool_connections=THREADS, s3={"addressing_style": "path"}),
-)
-options = onnxruntime.SessionOptions()
-session = onnxruntime.InferenceSession(f"{model_dir}/model.onnx", options, providers=["CPUExecutionProvider"])
-input_name = session.get_inputs()[0].name
+class Decoder:
+    """Encoded images to pixels, as the model folder says."""
 
-with safe_open(os.environ["CLASSES"], framework="np") as file:
-    vectors = file.get_tensor("vectors").astype(np.float32)
-    labels = json.loads(file.metadata()["labels"])
-vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    def __init__(self):
+        with open(f"{os.environ['MODEL']}/model.toml", "rb") as file:
+            self.spec = tomllib.load(file)["input"]
+        assert (self.spec["resize"], self.spec["filter"], self.spec["channels"]) == ("shorter-side", "bicubic", "rgb")
+        self.mean = np.array(self.spec["mean"], dtype=np.float32)
+        self.factor = 1 / np.array(self.spec["std"], dtype=np.float32)
 
+    def pixels(self, body):
+        """u8, [H, W, 3]."""
+        image = Image.open(io.BytesIO(body))
+        side, width, height = self.spec["resize_to"], self.spec["width"], self.spec["height"]
+        # The decoder may scale by 2, 4 or 8: Pillow's own fast way for large JPEGs. Twice the size that is wanted stays,
+        # as in Pillow's thumbnails: with less, embeddings of camera photos fall to a cosine of .992 with whole decoding.
+        spare = tunable("DRAFT", 2)
+        image.draft("RGB", (spare * side, spare * side))
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        scale = side / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return np.asarray(image.crop((left, top, left + width, top + height)))
 
-def pixels(uri):
-    bucket, key = uri.removeprefix("s3://").split("/", 1)
-    body = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
-    image = Image.open(io.BytesIO(body))
-    side = spec["resize_to"]
-    # The decoder may scale by 2, 4 or 8: Pillow's own fast way for large JPEGs.
-    image.draft("RGB", (2 * side, 2 * side))
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    scale = side / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left, top = (image.width - spec["width"]) // 2, (image.height - spec["height"]) // 2
-    image = image.crop((left, top, left + spec["width"], top + spec["height"]))
-    values = (np.asarray(image, dtype=np.float32) - mean) / std
-    return values.transpose(2, 0, 1) if spec["layout"] == "nchw" else values
+    def tensor(self, pixels):
+        """f32, [3, H, W] or [H, W, 3]."""
+        values = pixels.astype(np.float32)
+        values -= self.mean
+        values *= self.factor
+        return values.transpose(2, 0, 1) if self.spec["layout"] == "nchw" else values
 
 
-def classify(images):
-    """Labels and scores of a list of arrays, embedded at once."""
-    embeddings = session.run(None, {input_name: np.stack(images)})[0]
-    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
-    scores = embeddings @ vectors.T
-    best = scores.argmax(axis=1)
-    return [(labels[b], float(scores[i, b])) for i, b in enumerate(best)]
+class Classifier:
+    """Tensors to labels and scores: the model, and the cosine with the class vectors."""
+
+    def __init__(self, threads=0):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = tunable("ORT_THREADS", threads)  # 0: ONNX Runtime's own default, the cores
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(tunable("ORT_SPINNING", 1)))
+        model = f"{os.environ['MODEL']}/model.onnx"
+        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.input = self.session.get_inputs()[0].name
+        with safe_open(os.environ["CLASSES"], framework="np") as file:
+            vectors = file.get_tensor("vectors").astype(np.float32)
+            self.labels = json.loads(file.metadata()["labels"])
+        self.vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def classify(self, tensors):
+        embeddings = self.session.run(None, {self.input: np.stack(tensors)})[0]
+        embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+        scores = embeddings @ self.vectors.T
+        return [(self.labels[best], float(scores[i, best])) for i, best in enumerate(scores.argmax(axis=1))]
 
 
-connection = pika.BlockingConnection(pika.URLParameters(os.environ["AMQP_URL"]))
-channel = connection.channel()
-channel.basic_qos(prefetch_count=PREFETCH)
-channel.confirm_delivery()
-pool = ThreadPoolExecutor(THREADS)
+def fetcher(connections):
+    config = botocore.config.Config(max_pool_connections=connections, s3={"addressing_style": "path"})
+    s3 = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT"], region_name="us-east-1", config=config)
+
+    def fetch(uri):
+        bucket, key = uri.removeprefix("s3://").split("/", 1)
+        return s3.get_object(Bucket=bucket, Key=key)["Body"].read()
+
+    return fetch
 
 
-def results(uris):
-    if not batched:
-        for uri in uris:
-            yield from classify([pixels(uri)])
-        return
-    batches = [uris[i : i + BATCH] for i in range(0, len(uris), BATCH)]
-    loading = [[pool.submit(pixels, uri) for uri in batch] for batch in batches[:2]]
-    for n in range(len(batches)):
-        ready = [future.result() for future in loading.pop(0)]
-        if n + 2 < len(batches):
-            loading.append([pool.submit(pixels, uri) for uri in batches[n + 2]])
-        yield from classify(ready)
+def way(mode):
+    """load(uri) starts what can be done ahead and returns a call for its outcome; answer(outcomes) makes labels and
+    scores of up to `batch` outcomes; `ahead`: how many images are loaded ahead."""
+    threads = tunable("THREADS", {"batched": 8, "one-by-one": 1, "served": 64}[mode])
+    fetch = fetcher(threads)
+    pool = ThreadPoolExecutor(threads)
+    if mode == "served":
+        http = urllib3.PoolManager(maxsize=threads, retries=False, timeout=60)
+        url = os.environ["SERVER"]
+        wait_for(http, url)
+
+        def post(uri):
+            response = http.request("POST", f"{url}/inference", body=fetch(uri))
+            assert response.status == 200, response.data
+            return tuple(json.loads(response.data))
+
+        return lambda uri: pool.submit(post, uri).result, lambda outcomes: outcomes, 1, threads
+
+    decoder, classifier = Decoder(), Classifier()
+    load = lambda uri: decoder.tensor(decoder.pixels(fetch(uri)))
+    if mode == "batched":
+        batch = tunable("BATCH", 32)
+        return lambda uri: pool.submit(load, uri).result, classifier.classify, batch, tunable("AHEAD", 3 * batch)
+    return lambda uri: functools.partial(load, uri), classifier.classify, 1, 1
 
 
-def answer(method, properties, body):
-    job = json.loads(body)
-    images = [
-        {"uri": uri, "label": label, "score": round(score, 4), "top": [{"label": label, "score": round(score, 4)}]}
-        for uri, (label, score) in zip(job["images"], results(job["images"]))
-    ]
-    result = {"id": job["id"], "status": "done", "classes": job["classes"], "images": images}
-    channel.basic_publish("", "angler.results", json.dumps(result).encode(), pika.BasicProperties(delivery_mode=2))
-    channel.basic_ack(method.delivery_tag)
+def wait_for(http, url):
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            if http.request("GET", url).status == 200:
+                return
+        except urllib3.exceptions.HTTPError:
+            assert time.monotonic() < deadline, f"no server at {url}"
+        time.sleep(0.1)
 
 
-print("ready", flush=True)
-for delivery in channel.consume("angler.jobs"):
-    answer(*delivery)
+class Job:
+    def __init__(self, tag, body):
+        self.tag, self.job = tag, json.loads(body)
+        self.answers = []
+
+    def done(self):
+        return len(self.answers) == len(self.job["images"])
+
+    def result(self):
+        images = [
+            {"uri": uri, "label": label, "score": round(score, 4), "top": [{"label": label, "score": round(score, 4)}]}
+            for uri, (label, score) in zip(self.job["images"], self.answers)
+        ]
+        return json.dumps({"id": self.job["id"], "status": "done", "classes": self.job["classes"], "images": images})
+
+
+class Broker:
+    """A thread that consumes into `jobs`, and publishes and acks what is given to `finish`."""
+
+    def __init__(self):
+        self.jobs = queue.Queue(PREFETCH)
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        try:
+            self.connection = pika.BlockingConnection(pika.URLParameters(os.environ["AMQP_URL"]))
+            self.channel = self.connection.channel()
+            self.channel.basic_qos(prefetch_count=PREFETCH)
+            self.channel.confirm_delivery()
+            take = lambda channel, method, properties, body: self.jobs.put(Job(method.delivery_tag, body))
+            self.channel.basic_consume("angler.jobs", take)
+            self.channel.start_consuming()
+        finally:
+            os._exit(1)
+
+    def finish(self, job):
+        self.connection.add_callback_threadsafe(functools.partial(self.publish, job))
+
+    def publish(self, job):
+        properties = pika.BasicProperties(delivery_mode=2)
+        self.channel.basic_publish("", "angler.results", job.result().encode(), properties, mandatory=True)
+        self.channel.basic_ack(job.tag)
+
+
+def main():
+    load, answer, batch, ahead = way(sys.argv[1])
+    print("ready", flush=True)
+    broker = Broker()
+    loading = deque()  # (job, call for the image's outcome), in order, across jobs
+    while True:
+        while len(loading) < ahead:
+            try:
+                job = broker.jobs.get(block=not loading)
+            except queue.Empty:
+                break
+            loading.extend([(job, load(uri)) for uri in job.job["images"]])
+        next_batch = [loading.popleft() for _ in range(min(batch, len(loading)))]
+        for (job, _), label in zip(next_batch, answer([outcome() for _, outcome in next_batch])):
+            job.answers.append(label)
+            if job.done():
+                broker.finish(job)
+
+
+if __name__ == "__main__":
+    main()

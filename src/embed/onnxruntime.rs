@@ -5,17 +5,19 @@
 //! made, and on a GPU no node may fall back to the CPU. What the session reports is therefore what
 //! executes.
 
+mod fused;
+
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use ndarray::{Array2, ArrayView4};
+use ndarray::{Array2, ArrayView4, s};
 use ort::environment::Environment;
 use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::TensorRef;
 
 use super::pieces::Pieces;
-use super::{Backend, EmbedError, Embedder};
+use super::{Against, Backend, EmbedError, Embedder, Scores};
 use crate::model::{Model, PIXELS_INPUT};
 
 /// Which part of ONNX Runtime executes.
@@ -41,6 +43,15 @@ pub struct Size {
 /// Images a call and thread on a CPU: the activations of more do not stay in a core's cache. With
 /// EfficientNet-Lite0 a call of 32 takes a third longer an image, and ten times the memory.
 const IMAGES_A_THREAD: usize = 4;
+
+/// The graph that scores as well ([`Model::fused_graph`]).
+#[derive(Debug, Clone, Copy)]
+pub struct Fused<'a> {
+    /// ONNX.
+    pub graph: &'a [u8],
+    /// Memory for class vectors that a session may keep, in bytes.
+    pub bytes: usize,
+}
 
 /// ONNX Runtime, loaded. The library is loaded once a process and stays: it cannot be unloaded.
 pub struct Runtime {
@@ -105,7 +116,8 @@ impl Runtime {
         &self.library
     }
 
-    /// A session of `model` on `provider`.
+    /// A session of `model` on `provider`. With a fused graph it can classify, and embeds as it would
+    /// without.
     ///
     /// # Errors
     /// What is missing: a library, the driver, a device.
@@ -114,11 +126,13 @@ impl Runtime {
         model: &Model,
         provider: Provider,
         size: Size,
+        fused: Option<Fused<'_>>,
     ) -> Result<OnnxRuntimeEmbedder, String> {
         if provider != Provider::Cpu {
             preload_cuda(&self.library);
         }
-        let session = build(self.environment, model, provider, size.threads)?;
+        let graph = fused.map_or(model.graph.as_slice(), |fused| fused.graph);
+        let session = build(self.environment, graph, provider, size.threads)?;
         let backend = match provider {
             Provider::Cpu => Backend::OnnxRuntimeCpu,
             Provider::Cuda(_) => Backend::OnnxRuntimeCuda,
@@ -132,12 +146,17 @@ impl Runtime {
             }
             (None, _) => Pieces::Padded(max_batch),
         };
+        let scoring = fused
+            .map(|fused| fused::Scoring::new(provider, model.dim, fused.bytes))
+            .transpose()
+            .map_err(|e| e.to_string())?;
         Ok(OnnxRuntimeEmbedder {
             session,
             backend,
             pieces,
             dim: model.dim,
             output: model.output.clone(),
+            scoring,
         })
     }
 }
@@ -164,7 +183,7 @@ fn load(library: &Path) -> Result<Environment, String> {
 
 fn build(
     environment: &Environment,
-    model: &Model,
+    graph: &[u8],
     provider: Provider,
     threads: usize,
 ) -> Result<Session, String> {
@@ -192,7 +211,7 @@ fn build(
             .with_disable_cpu_fallback()
             .map_err(text)?,
     };
-    builder.commit_from_memory(&model.graph).map_err(|e| e.to_string())
+    builder.commit_from_memory(graph).map_err(|e| e.to_string())
 }
 
 /// TF32 rounds products to 10 bits of mantissa; ONNX Runtime's own default is on, so it is stated.
@@ -269,6 +288,8 @@ pub struct OnnxRuntimeEmbedder {
     pieces: Pieces,
     dim: usize,
     output: String,
+    /// What a session of the fused graph needs beside pixels.
+    scoring: Option<fused::Scoring>,
 }
 
 impl Embedder for OnnxRuntimeEmbedder {
@@ -281,8 +302,29 @@ impl Embedder for OnnxRuntimeEmbedder {
     }
 
     fn embed(&mut self, pixels: ArrayView4<'_, u8>) -> Result<Array2<f32>, EmbedError> {
-        let Self { session, output, dim, .. } = self;
-        self.pieces.embed(pixels, *dim, |piece| run(session, output, *dim, piece))
+        let Self { session, output, dim, scoring, .. } = self;
+        let mut embeddings = Array2::zeros((pixels.dim().0, *dim));
+        let mut first = 0;
+        self.pieces.each(pixels, |pixels, count| {
+            let rows = match scoring {
+                Some(scoring) => scoring.embed(session, pixels)?,
+                None => run(session, output, *dim, pixels)?,
+            };
+            let mut to = embeddings.slice_mut(s![first..first + count, ..]);
+            to.assign(&rows.slice(s![..count, ..]));
+            first += count;
+            Ok(())
+        })?;
+        Ok(embeddings)
+    }
+
+    fn classify(
+        &mut self,
+        pixels: ArrayView4<'_, u8>,
+        against: &Against<'_>,
+    ) -> Option<Result<Scores, EmbedError>> {
+        let Self { session, scoring, pieces, .. } = self;
+        scoring.as_mut()?.classify(session, pixels, *pieces, against)
     }
 }
 
@@ -292,18 +334,20 @@ fn run(
     dim: usize,
     pixels: ArrayView4<'_, u8>,
 ) -> Result<Array2<f32>, EmbedError> {
-    let failed = |e: ort::Error| {
-        let message = e.to_string();
-        // A CUDA error is sticky: every later call of the process fails with it.
-        if message.contains("CUDA failure") || message.contains("CUDNN failure") {
-            EmbedError::Broken(message)
-        } else {
-            EmbedError::Batch(message)
-        }
-    };
     let images = pixels.dim().0;
     let input = TensorRef::from_array_view(pixels).map_err(failed)?;
     let outputs = session.run(ort::inputs![PIXELS_INPUT => input]).map_err(failed)?;
     let (_, values) = outputs[output].try_extract_tensor::<f32>().map_err(failed)?;
     super::embeddings(values, images, dim)
+}
+
+/// What a failed call means for the next one.
+fn failed(error: ort::Error) -> EmbedError {
+    let message = error.to_string();
+    // A CUDA error is sticky: every later call of the process fails with it.
+    if message.contains("CUDA failure") || message.contains("CUDNN failure") {
+        EmbedError::Broken(message)
+    } else {
+        EmbedError::Batch(message)
+    }
 }

@@ -2,7 +2,7 @@
 //! that is never given back, and on a GPU a search for the fastest kernels: so there are few sizes,
 //! and all are met when the model is warmed.
 
-use ndarray::{Array2, Array4, ArrayView4, Axis, s};
+use ndarray::{Array4, ArrayView4, s};
 
 use super::EmbedError;
 
@@ -48,41 +48,33 @@ impl Pieces {
         }
     }
 
-    /// Runs `run` over a batch piece by piece; the embeddings of black images are dropped.
+    /// Hands a batch to `run` piece by piece, and with each how many of its images count: the rest
+    /// are black.
     ///
     /// * `pixels`: u8 RGB, [N, H, W, 3].
-    /// * returns f32 [N, dim].
     ///
     /// # Errors
     /// The first that `run` yields.
-    pub fn embed(
+    pub fn each(
         self,
         pixels: ArrayView4<'_, u8>,
-        dim: usize,
-        mut run: impl FnMut(ArrayView4<'_, u8>) -> Result<Array2<f32>, EmbedError>,
-    ) -> Result<Array2<f32>, EmbedError> {
+        mut run: impl FnMut(ArrayView4<'_, u8>, usize) -> Result<(), EmbedError>,
+    ) -> Result<(), EmbedError> {
         let (images, height, width, channels) = pixels.dim();
-        if images > 0 && self.next(images) == (images, images) {
-            return run(pixels);
-        }
-        let mut embeddings = Array2::zeros((images, dim));
         let mut done = 0;
         while done < images {
             let (count, size) = self.next(images - done);
             let piece = pixels.slice(s![done..done + count, .., .., ..]);
-            let rows = if count == size {
-                run(piece)?
+            if count == size {
+                run(piece, count)?;
             } else {
                 let mut padded = Array4::zeros((size, height, width, channels));
                 padded.slice_mut(s![..count, .., .., ..]).assign(&piece);
-                run(padded.view())?
-            };
-            embeddings
-                .slice_mut(s![done..done + count, ..])
-                .assign(&rows.slice_axis(Axis(0), (..count).into()));
+                run(padded.view(), count)?;
+            }
             done += count;
         }
-        Ok(embeddings)
+        Ok(())
     }
 }
 
@@ -90,16 +82,19 @@ impl Pieces {
 mod tests {
     use super::*;
 
-    /// The sizes of the calls for so many images; each image's embedding is its first value.
+    /// The sizes of the calls for so many images, each of which has a first value of its own.
     fn calls(pieces: Pieces, images: usize) -> Vec<usize> {
         let pixels = Array4::from_shape_fn((images, 1, 1, 3), |(image, ..)| image as u8 + 1);
-        let mut calls = Vec::new();
-        let embeddings = pieces.embed(pixels.view(), 1, |piece| {
+        let (mut calls, mut seen) = (Vec::new(), Vec::<u8>::new());
+        let all = pieces.each(pixels.view(), |piece, count| {
             calls.push(piece.dim().0);
-            Ok(piece.mapv(f32::from).slice(s![.., 0, 0, ..1]).to_owned())
+            seen.extend(piece.slice(s![..count, 0, 0, 0]));
+            assert!(piece.slice(s![count.., .., .., ..]).iter().all(|value| *value == 0));
+            Ok(())
         });
-        let wanted: Vec<f32> = (1..=images).map(|value| value as f32).collect();
-        assert_eq!(embeddings.unwrap().into_raw_vec_and_offset().0, wanted, "{pieces:?} {images}");
+        all.unwrap();
+        let wanted: Vec<u8> = (1..=images).map(|value| value as u8).collect();
+        assert_eq!(seen, wanted, "{pieces:?} {images}");
         assert!(calls.iter().all(|size| pieces.sizes().contains(size)), "{pieces:?} {calls:?}");
         calls
     }
@@ -128,8 +123,12 @@ mod tests {
     #[test]
     fn a_call_that_fails_ends_it() {
         let pixels = Array4::zeros((5, 1, 1, 3));
-        let failed = Pieces::UpTo(2)
-            .embed(pixels.view(), 1, |_| Err(EmbedError::Batch("as told".to_owned())));
+        let mut calls = 0;
+        let failed = Pieces::UpTo(2).each(pixels.view(), |_, _| {
+            calls += 1;
+            Err(EmbedError::Batch("as told".to_owned()))
+        });
+        assert_eq!(calls, 1);
         assert!(matches!(failed, Err(EmbedError::Batch(_))));
     }
 }

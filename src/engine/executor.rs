@@ -12,9 +12,9 @@ use std::time::Instant;
 use ndarray::{Array2, ArrayView4, Axis};
 use tokio::sync::{mpsc, watch};
 
-use super::{Batch, EngineStats, Image, Scored, SubmitError, Want};
+use super::{Batch, EngineStats, Image, Scored, SubmitError, Want, scoring};
 use crate::classes::ClassVectors;
-use crate::embed::{EmbedError, Embedder};
+use crate::embed::{EmbedError, Embedder, Scores};
 use crate::error::{ImageError, ImageErrorCode};
 use crate::score::{ClassScore, Scorer, normalise};
 use crate::watchdog::Step;
@@ -42,7 +42,7 @@ pub(super) fn spawn(
     let thread = std::thread::Builder::new()
         .name(format!("angler-embed-{lane}"))
         .spawn(move || {
-            let mut executor = Executor { embedder, size, shared };
+            let mut executor = Executor { embedder, size, scoring_failed: false, shared };
             let result = executor.warm();
             let ready = result.is_ok();
             // Nobody waits any more only if the start was given up.
@@ -58,7 +58,16 @@ pub(super) fn spawn(
 struct Executor {
     embedder: Box<dyn Embedder>,
     size: (u32, u32),
+    /// Whether it has been said that the back end could not score a batch.
+    scoring_failed: bool,
     shared: Shared,
+}
+
+/// How far the back end brought a batch.
+enum Ran {
+    Scored(Scores),
+    /// [N, dim], not normalised.
+    Embedded(Array2<f32>),
 }
 
 impl Executor {
@@ -97,8 +106,16 @@ impl Executor {
     ///
     /// * `pixels`: u8 RGB, [N, H, W, 3], of these N images.
     fn batch(&mut self, images: Vec<Image>, pixels: &[u8]) -> ControlFlow<()> {
-        match self.embed(pixels, images.len()) {
-            Ok(embeddings) => {
+        let ran = match self.classify(&images, pixels) {
+            Some(scores) => scores.map(Ran::Scored),
+            None => self.embed(pixels, images.len()).map(Ran::Embedded),
+        };
+        match ran {
+            Ok(Ran::Scored(scores)) => {
+                scoring::answer(images, scores);
+                ControlFlow::Continue(())
+            }
+            Ok(Ran::Embedded(embeddings)) => {
                 answer(images, embeddings, &self.shared.scorer);
                 ControlFlow::Continue(())
             }
@@ -130,19 +147,51 @@ impl Executor {
         ControlFlow::Continue(())
     }
 
-    /// Embeds so many images. A panic in the back end is an error of the batch.
+    /// Lets the back end score the batch, if it can and all want the same. None: the batch is to
+    /// be embedded, and scored here.
+    fn classify(&mut self, images: &[Image], pixels: &[u8]) -> Option<Result<Scores, EmbedError>> {
+        let against = scoring::against(images)?;
+        let classified = self.run_model(pixels, images.len(), |embedder, pixels| {
+            embedder.classify(pixels, &against)
+        });
+        match classified.unwrap_or_else(|error| Some(Err(error)))? {
+            Ok(scores) => {
+                self.shared.stats.in_graph.fetch_add(1, Ordering::Relaxed);
+                Some(Ok(scores))
+            }
+            Err(EmbedError::Broken(reason)) => Some(Err(EmbedError::Broken(reason))),
+            Err(EmbedError::Batch(reason)) => {
+                if !std::mem::replace(&mut self.scoring_failed, true) {
+                    tracing::warn!("a batch could not be scored in the graph: {reason}");
+                }
+                None
+            }
+        }
+    }
+
+    /// Embeds so many images.
     fn embed(&mut self, pixels: &[u8], images: usize) -> Result<Array2<f32>, EmbedError> {
+        self.run_model(pixels, images, |embedder, pixels| embedder.embed(pixels)).flatten()
+    }
+
+    /// Runs the back end on so many images. A panic in it is an error of the batch.
+    fn run_model<T>(
+        &mut self,
+        pixels: &[u8],
+        images: usize,
+        run: impl FnOnce(&mut dyn Embedder, ArrayView4<'_, u8>) -> T,
+    ) -> Result<T, EmbedError> {
         let (width, height) = (self.size.0 as usize, self.size.1 as usize);
         let view = ArrayView4::from_shape((images, height, width, 3), pixels)
             .map_err(|e| EmbedError::Batch(format!("pixels do not fit the batch: {e}")))?;
         let started = Instant::now();
         let _watched = self.shared.embedding.enter();
         let embedder = &mut self.embedder;
-        let embeddings = catch_unwind(AssertUnwindSafe(|| embedder.embed(view)))
-            .unwrap_or_else(|_| Err(EmbedError::Batch("the back end panicked".to_owned())));
+        let ran = catch_unwind(AssertUnwindSafe(|| run(embedder.as_mut(), view)))
+            .map_err(|_| EmbedError::Batch("the back end panicked".to_owned()));
         let nanos = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.shared.stats.embed_nanos.fetch_add(nanos, Ordering::Relaxed);
-        embeddings
+        ran
     }
 }
 
@@ -162,8 +211,7 @@ fn answer(items: Vec<Image>, mut embeddings: Array2<f32>, scorer: &Scorer) {
                 embedding: item.want.embedding.then(|| embeddings.row(index).to_vec()),
             })
         } else {
-            let message = "the model's embedding of this image is zero or not finite";
-            Err(SubmitError::Image(ImageError::new(ImageErrorCode::Internal, message)))
+            Err(scoring::undirected())
         };
         let _ = item.reply.send(scored); // The image's task may be gone.
     }

@@ -238,7 +238,7 @@ impl Front {
     }
 }
 
-fn int(name: &str, value: i64) -> AttributeProto {
+pub(super) fn int(name: &str, value: i64) -> AttributeProto {
     AttributeProto {
         name: name.to_owned(),
         r#type: AttributeType::Int as i32,
@@ -247,7 +247,7 @@ fn int(name: &str, value: i64) -> AttributeProto {
     }
 }
 
-fn ints(name: &str, values: &[i64]) -> AttributeProto {
+pub(super) fn ints(name: &str, values: &[i64]) -> AttributeProto {
     AttributeProto {
         name: name.to_owned(),
         r#type: AttributeType::Ints as i32,
@@ -256,7 +256,7 @@ fn ints(name: &str, values: &[i64]) -> AttributeProto {
     }
 }
 
-fn int64s(values: &[i64]) -> TensorProto {
+pub(super) fn int64s(values: &[i64]) -> TensorProto {
     TensorProto {
         dims: vec![values.len() as i64],
         data_type: DataType::Int64 as i32,

@@ -49,7 +49,7 @@ fn jpeg(bytes: &[u8]) -> Result<(), ImageError> {
     loop {
         // Compressed data, or junk between segments: a marker is 0xFF and what is neither 0 (a
         // stuffed byte) nor 0xFF (padding).
-        let at = rest.iter().position(|&b| b == 0xff).ok_or_else(cut)?;
+        let at = memchr::memchr(0xff, rest).ok_or_else(cut)?;
         rest = &rest[at + 1..];
         let (&code, after) = rest.split_first().ok_or_else(cut)?;
         match code {

@@ -24,10 +24,22 @@ const BYTES_A_PIXEL: u64 = 16;
 /// How much of a decoder's own words goes into a message, in characters.
 const REASON_CHARS: usize = 200;
 
+/// What the three values of a pixel are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Colours {
+    /// Red, green, blue.
+    Rgb,
+    /// As a JPEG has them; a few pixels are cheaper to convert than all of them.
+    YCbCr,
+}
+
 /// A decoded picture as the file stores it, and what turns it upright.
 pub(super) struct Stored {
-    /// 8-bit RGB, shape [H, W, 3], at `eighths` eighths of the file's size, rounded up.
+    /// 8 bits a value, shape [H, W, 3], at `eighths` eighths of the file's size, rounded up; less
+    /// the rows at the end that nobody wants.
     pub image: RgbImage,
+    /// What its values are.
+    pub colours: Colours,
     /// Width and height in the file, in pixels.
     pub size: (u32, u32),
     /// 8, unless a JPEG was decoded at less than its size.
@@ -114,13 +126,15 @@ fn decode_format(
     };
     let size = (width, height);
     if format == ImageFormat::Jpeg
-        && let Some(eighths) = spec.and_then(|spec| resize::eighths(size, orientation, spec))
-        && let Some(image) = jpeg::decode_at(checked.bytes, size, eighths)
+        && let Some(spec) = spec
+        && let Some(eighths) = resize::eighths(size, orientation, spec)
+        && let rows = resize::rows(size, eighths, orientation, spec)
+        && let Some((image, colours)) = jpeg::decode_at(checked.bytes, size, eighths, rows)
     {
-        return Ok(Stored { image, size, eighths, orientation });
+        return Ok(Stored { image, colours, size, eighths, orientation });
     }
-    let image = DynamicImage::from_decoder(decoder).map_err(|e| refusal(format, &e))?;
-    Ok(Stored { image: to_rgb(image), size, eighths: 8, orientation })
+    let image = to_rgb(DynamicImage::from_decoder(decoder).map_err(|e| refusal(format, &e))?);
+    Ok(Stored { image, colours: Colours::Rgb, size, eighths: 8, orientation })
 }
 
 /// Holds a declared size against the limits.

@@ -35,7 +35,8 @@ impl AmqpSink {
 #[async_trait]
 impl ResultSink for AmqpSink {
     async fn publish(&self, result: &JobResult, reply: &Reply) -> Result<(), FatalError> {
-        let body = serde_json::to_vec(result)
+        let body = result
+            .to_json()
             .map_err(|e| FatalError::Sink(format!("a result cannot be written as JSON: {e}")))?;
         let correlation = reply.correlation_id.as_deref().unwrap_or(&result.id);
         let mut notes: Vec<(&str, &str)> = Vec::new();

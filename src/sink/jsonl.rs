@@ -74,7 +74,12 @@ impl ResultSink for JsonLinesSink {
     async fn publish(&self, result: &JobResult, _: &Reply) -> Result<(), FatalError> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let index = result.run.as_ref().map_or(state.next, |run| run.index);
-        state.waiting.insert(index, result.clone());
+        if index == state.next {
+            state.next += 1;
+            state.write(result)?;
+        } else {
+            state.waiting.insert(index, result.clone());
+        }
         loop {
             let next = state.next;
             let Some(result) = state.waiting.remove(&next) else { return Ok(()) };

@@ -9,6 +9,7 @@
 //! worker ended, and no innocent job is ever counted with it. Whatever a worker gives back in order
 //! is published anew instead, so that it is no suspect.
 
+mod acks;
 mod live;
 mod settle;
 
@@ -25,6 +26,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use self::acks::{Acks, PendingAck};
 use self::live::{Live, consume, open};
 use self::settle::{ATTEMPT, Message};
 use super::{Delivery, JobSource, Reply, Unworkable};
@@ -49,7 +51,7 @@ const GIVE_BACK: Duration = Duration::from_secs(5);
 /// Consumes the jobs queue.
 pub struct AmqpSource {
     options: AmqpOptions,
-    topology: Topology,
+    topology: Arc<Topology>,
     prefetch: u16,
     limits: JobLimits,
     publisher: Arc<Publisher>,
@@ -82,7 +84,7 @@ impl AmqpSource {
     ) -> Self {
         Self {
             options,
-            topology,
+            topology: Arc::new(topology),
             prefetch,
             limits,
             publisher,
@@ -99,7 +101,7 @@ impl AmqpSource {
 
     /// Begins an attempt to connect and consume after a pause.
     fn open_after(&self, pause: Duration) -> JoinHandle<Result<Live, AmqpError>> {
-        let (options, topology) = (self.options.clone(), self.topology.clone());
+        let (options, topology) = (self.options.clone(), Arc::clone(&self.topology));
         let (prefetch, suspects) = (self.prefetch, Arc::clone(&self.suspects));
         tokio::spawn(async move {
             tokio::time::sleep(pause).await;
@@ -108,7 +110,7 @@ impl AmqpSource {
     }
 
     /// Connects and consumes until it works. Dropping the call in between loses nothing.
-    async fn consumer(&mut self) -> (&mut Consumer, CancellationToken) {
+    async fn consumer(&mut self) -> (&mut Consumer, Acks, CancellationToken) {
         loop {
             self.connected().await;
             let Some(live) = &self.live else { continue };
@@ -116,7 +118,7 @@ impl AmqpSource {
                 break;
             }
             let resuming = self.resuming.take().unwrap_or_else(|| {
-                let (channel, topology) = (live.channel.clone(), self.topology.clone());
+                let (channel, topology) = (live.channel.clone(), Arc::clone(&self.topology));
                 let options = self.options.clone();
                 tokio::spawn(async move { consume(&channel, &topology, &options).await })
             });
@@ -133,7 +135,9 @@ impl AmqpSource {
             }
         }
         match &mut self.live {
-            Some(Live { consumer: Some(consumer), lost, .. }) => (consumer, lost.clone()),
+            Some(Live { consumer: Some(consumer), acks, lost, .. }) => {
+                (consumer, acks.clone(), lost.clone())
+            }
             _ => unreachable!("the loop above ends only with a consumer"),
         }
     }
@@ -185,39 +189,45 @@ impl AmqpSource {
     }
 
     /// A message with the duty to settle it.
-    fn message(&self, delivery: lapin::message::Delivery, queue: String) -> Message {
-        let lapin::message::Delivery { properties, data, acker, .. } = delivery;
-        let headers = properties.headers().clone().unwrap_or_default();
-        let attempt = number_header(&headers, ATTEMPT)
+    fn message(
+        &self,
+        delivery: lapin::message::Delivery,
+        ack: PendingAck,
+        suspect: bool,
+    ) -> Message {
+        let lapin::message::Delivery { properties, data, .. } = delivery;
+        let headers = properties.headers().as_ref();
+        let attempt = headers
+            .and_then(|headers| number_header(headers, ATTEMPT))
             .and_then(|n| u32::try_from(n).ok())
             .filter(|n| *n > 0)
             .unwrap_or(1);
         Message {
-            acker,
+            ack,
             publisher: Arc::clone(&self.publisher),
-            topology: self.topology.clone(),
-            queue,
+            topology: Arc::clone(&self.topology),
+            suspect,
             properties,
-            headers,
             body: data,
             attempt,
         }
     }
 
-    fn delivery(&self, message: Message, suspect: bool, lost: CancellationToken) -> Delivery {
-        let Message { properties, headers, body, attempt, .. } = &message;
+    fn delivery(&self, message: Message, lost: CancellationToken) -> Delivery {
+        let Message { properties, body, attempt, suspect, .. } = &message;
+        let headers = properties.headers().as_ref();
         let text = |value: &Option<ShortString>| value.as_ref().map(ToString::to_string);
         let message_id = text(properties.message_id());
-        let attempt = *attempt;
+        let (attempt, suspect) = (*attempt, *suspect);
         let reply = Reply {
             to: text(properties.reply_to()).filter(|q| !q.is_empty()),
             correlation_id: text(properties.correlation_id()),
-            traceparent: string_header(headers, "traceparent"),
+            traceparent: headers.and_then(|headers| string_header(headers, "traceparent")),
         };
         let mut job = Job::parse(body, message_id.as_deref(), self.limits).map_err(|failure| {
             Unworkable { id: id_of_malformed(body, message_id.as_deref()), run: None, failure }
         });
-        let runs = number_header(headers, DELIVERY_COUNT).unwrap_or(0);
+        let runs = headers.and_then(|headers| number_header(headers, DELIVERY_COUNT)).unwrap_or(0);
         if suspect && runs >= SUSPECT_RUNS {
             job = job.and_then(|job| {
                 Err(Unworkable { id: job.id, run: job.run, failure: given_up(runs) })
@@ -250,19 +260,18 @@ impl AmqpSource {
             Ok(Ok(())) => {}
             _ => return, // The connection is gone, and with it the prefetched jobs.
         }
-        let lost = live.lost.clone();
+        let (lost, acks) = (live.lost.clone(), live.acks.clone());
         let mut prefetched = Vec::new();
         while let Ok(Some(Ok(delivery))) = timeout(GIVE_BACK, consumer.next()).await {
-            let redelivered = delivery.redelivered;
-            let message = self.message(delivery, self.topology.jobs.clone());
+            let (redelivered, ack) = (delivery.redelivered, acks.pending(delivery.delivery_tag));
+            let message = self.message(delivery, ack, false);
             if redelivered {
                 self.set_apart(message, lost.clone());
             } else {
                 prefetched.push(message);
             }
         }
-        let give_back = stream::iter(prefetched)
-            .for_each_concurrent(None, async |message| message.give_back().await);
+        let give_back = stream::iter(prefetched).for_each_concurrent(None, Message::give_back);
         let _ = timeout(GIVE_BACK, give_back).await;
     }
 }
@@ -286,7 +295,7 @@ impl JobSource for AmqpSource {
             return Ok(None);
         }
         loop {
-            let (consumer, lost) = self.consumer().await;
+            let (consumer, acks, lost) = self.consumer().await;
             let next = tokio::select! {
                 next = consumer.next() => next,
                 () = lost.cancelled() => None,
@@ -295,12 +304,13 @@ impl JobSource for AmqpSource {
                 Some(Ok(delivery)) => {
                     self.backoff.reset();
                     let redelivered = delivery.redelivered;
-                    let message = self.message(delivery, self.topology.jobs.clone());
+                    let ack = acks.pending(delivery.delivery_tag);
+                    let message = self.message(delivery, ack, false);
                     if redelivered {
                         self.set_apart(message, lost);
                         continue;
                     }
-                    return Ok(Some(self.delivery(message, false, lost)));
+                    return Ok(Some(self.delivery(message, lost)));
                 }
                 Some(Err(error)) => self.lose(&error.to_string()),
                 None => self.lose("cancelled by the broker, or its connection is gone"),
@@ -326,8 +336,9 @@ impl JobSource for AmqpSource {
             return Ok(None);
         };
         let lost = live.lost.clone();
-        let message = self.message(got.delivery, queue);
-        Ok(Some(self.delivery(message, true, lost)))
+        let ack = live.suspect_acks.pending(got.delivery.delivery_tag);
+        let message = self.message(got.delivery, ack, true);
+        Ok(Some(self.delivery(message, lost)))
     }
 
     async fn pause(&mut self, reason: &'static str) {
@@ -354,6 +365,9 @@ impl JobSource for AmqpSource {
         let _ = timeout(GIVE_BACK, moved).await;
         self.moving.shutdown().await;
         if let Some(live) = self.live.take() {
+            // Also what was settled by a job that was dropped before it heard of its ack.
+            let flushed = async { tokio::join!(live.acks.flushed(), live.suspect_acks.flushed()) };
+            let _ = timeout(GIVE_BACK, flushed).await;
             close(&live.connection).await;
         }
     }

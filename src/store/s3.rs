@@ -213,6 +213,8 @@ async fn read_body(object: GetObjectOutput, budget: &ByteBudget) -> Result<Fetch
     let permit = budget.reserve(declared.unwrap_or(budget.image_bytes().into())).await?;
     let limit = permit.num_permits();
     let mut body = object.body;
+    // A larger object comes in many chunks, and decoders want it in one piece: the one copy on its
+    // way, into memory that is reserved once. It takes a hundredth of the time of its decoding.
     let mut bytes = BytesMut::with_capacity(declared.map_or(0, |_| limit));
     while let Some(chunk) = body.next().await {
         let chunk = chunk.map_err(|e| {

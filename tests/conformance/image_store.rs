@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use angler::error::ImageErrorCode;
 use angler::store::local::LocalImages;
 use angler::store::s3::{S3Images, S3Options};
+use angler::store::shared::SharedImages;
 use angler::store::{ByteBudget, ImageStore, Routed};
 use tokio::task::JoinSet;
 
@@ -144,6 +145,35 @@ impl World for Both {
     }
 }
 
+/// Both, behind what shares their requests.
+struct Shared {
+    both: Both,
+}
+
+impl Shared {
+    async fn new() -> Self {
+        Self { both: Both::new().await }
+    }
+}
+
+impl World for Shared {
+    fn store(&self) -> Arc<dyn ImageStore> {
+        Arc::new(SharedImages::new(self.both.store()))
+    }
+
+    async fn put(&self, name: &str, body: &[u8]) -> String {
+        self.both.put(name, body).await
+    }
+
+    fn missing(&self) -> Vec<String> {
+        self.both.missing()
+    }
+
+    fn bad(&self) -> Vec<String> {
+        self.both.bad()
+    }
+}
+
 macro_rules! image_store {
     ($adapter:ident, $world:expr) => {
         suite!(
@@ -164,6 +194,7 @@ macro_rules! image_store {
 image_store!(local, super::Local::new());
 image_store!(s3, super::S3::new());
 image_store!(routed, super::Both::new());
+image_store!(shared, super::Shared::new());
 
 /// Bytes in which a loss, a repetition or a swap shows.
 fn bytes(count: usize) -> Vec<u8> {
@@ -326,8 +357,14 @@ async fn many_share_a_small_budget(world: &impl World) {
 
 #[tokio::test]
 async fn a_fetch_that_is_given_up_gives_its_share_back() {
-    let world = Both::new().await;
-    let (store, budget) = (world.store(), budget(3_000_000));
+    let world = Shared::new().await;
+    for store in [world.both.store(), world.store()] {
+        give_up_fetches(&world, store.as_ref()).await;
+    }
+}
+
+async fn give_up_fetches(world: &impl World, store: &dyn ImageStore) {
+    let budget = budget(3_000_000);
     for name in ["a", "b"] {
         let uri = world.put(name, &bytes(3_000_000)).await;
         for polls in 0..40 {

@@ -102,6 +102,22 @@ impl Amqp {
         }
     }
 
+    pub fn broker(&self) -> &Broker {
+        &self.broker
+    }
+
+    /// A source that reaches the broker by another way.
+    pub fn source_at(&self, url: &str, prefetch: u16) -> Box<dyn JobSource> {
+        Box::new(AmqpSource::new(
+            AmqpOptions { url: url.to_owned(), ..Self::options(&self.broker) },
+            self.topology.clone(),
+            prefetch,
+            LIMITS,
+            self.publisher(),
+            Arc::new(Readiness::default()),
+        ))
+    }
+
     pub fn client(&self) -> &Client {
         &self.client
     }
@@ -142,14 +158,7 @@ impl World for Amqp {
     }
 
     fn source(&self) -> Box<dyn JobSource> {
-        Box::new(AmqpSource::new(
-            Self::options(&self.broker),
-            self.topology.clone(),
-            10,
-            LIMITS,
-            self.publisher(),
-            Arc::new(Readiness::default()),
-        ))
+        self.source_at(&self.broker.url, 10)
     }
 
     async fn take_waiting(&self) -> Vec<Vec<u8>> {
@@ -188,24 +197,24 @@ macro_rules! job_source {
 job_source!(memory, super::Memory::new());
 job_source!(amqp, super::Amqp::new());
 
-fn job(id: &str) -> Vec<u8> {
+pub fn job(id: &str) -> Vec<u8> {
     json!({"id": id, "images": ["s3://b/k"], "classes": "s"}).to_string().into_bytes()
 }
 
-fn id(delivery: &Delivery) -> String {
+pub fn id(delivery: &Delivery) -> String {
     match &delivery.job {
         Ok(job) => job.id.clone(),
         Err(malformed) => malformed.id.clone(),
     }
 }
 
-async fn receive(source: &mut Box<dyn JobSource>) -> Delivery {
+pub async fn receive(source: &mut Box<dyn JobSource>) -> Delivery {
     let received = soon("a delivery", source.receive()).await.unwrap();
     received.expect("the source ended")
 }
 
 /// A job, or a suspect.
-async fn receive_any(source: &mut Box<dyn JobSource>) -> Delivery {
+pub async fn receive_any(source: &mut Box<dyn JobSource>) -> Delivery {
     let mut waiting = source.suspects().expect("this source has suspects");
     let any = async {
         loop {
@@ -239,7 +248,7 @@ async fn nothing_comes(source: &mut Box<dyn JobSource>) {
 }
 
 /// Stops, as a worker does when it ends in order.
-async fn end(mut source: Box<dyn JobSource>) {
+pub async fn end(mut source: Box<dyn JobSource>) {
     soon("the source stops", source.stop()).await;
     soon("the source closes", source.close()).await;
 }

@@ -26,12 +26,14 @@ macro_rules! suite {
 #[path = "../support/mod.rs"]
 mod support;
 
+mod acks;
 mod folder_source;
 mod image_store;
 mod job_source;
 mod object_store;
 mod result_sink;
 mod s3_answers;
+mod shared_store;
 
 /// The outcome of what must not take long.
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {

@@ -5,8 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use angler::error::{Failure, FailureCode, ImageError, ImageErrorCode};
 use angler::job::{
-    Classified, ImageEntry, JobResult, LabelScore, Outcome, Provenance, Run, Verdict,
-    encode_embedding,
+    Classified, Embedding, ImageEntry, JobResult, LabelScore, Outcome, Provenance, Run, Verdict,
 };
 use angler::sink::ResultSink;
 use angler::sink::amqp::AmqpSink;
@@ -150,7 +149,7 @@ fn result(index: u64, images: usize) -> JobResult {
             LabelScore { label: format!("label {n}"), score: 0.831_2 },
             LabelScore { label: String::new(), score: -1.0 },
         ],
-        embedding: n.is_multiple_of(2).then(|| encode_embedding(&[n as f32; 100])),
+        embedding: n.is_multiple_of(2).then(|| Embedding(vec![n as f32; 100])),
     };
     let entry = |n: usize| ImageEntry {
         uri: format!("s3://photos/{index}/{n} ü.jpg"),

@@ -50,3 +50,29 @@ async fn a_worker_that_stands_still_for_long_does_no_harm_when_it_goes_on() {
     ledger.all_done();
     println!("duplicates: {}", ledger.duplicates);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_stops_in_order_leaves_no_job_unacked() {
+    let world = World::new().await;
+    let mut worker = world.setup.start().await;
+    let client = world.broker.connect().await;
+    let mut results = client.consume("angler.results").await;
+    let mut ledger = Ledger::default();
+    let ids = world.jobs(&client, "a", 200).await;
+    // In the middle: what it finished is acked, what it did not start goes back.
+    ledger.collect(&mut results, &ids[..50]).await;
+    worker.signal("TERM");
+    assert!(worker.ended().await.success());
+    let mut worker = world.setup.start().await;
+    ledger.collect(&mut results, &ids).await;
+    worker.signal("TERM");
+    assert!(worker.ended().await.success());
+    // A job whose ack was missing would have come again, as a suspect.
+    ledger.linger(&mut results, Duration::from_millis(200)).await;
+    ledger.all_done();
+    assert_eq!(ledger.duplicates, 0);
+    assert!(!worker.log().contains("delivered again"), "{}", worker.log());
+    for queue in ["angler.jobs", "angler.suspects", "angler.dead"] {
+        assert!(client.get(queue).await.is_none(), "left in {queue}");
+    }
+}

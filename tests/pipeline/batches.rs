@@ -70,6 +70,25 @@ async fn a_busy_engine_lets_the_next_batch_fill() {
     assert_eq!(run.batches(), [1, 3]);
 }
 
+#[tokio::test(start_paused = true)]
+async fn the_next_jobs_images_are_fetched_while_a_batch_is_embedded() {
+    let _clock = Frozen::clock();
+    let mut rig = Rig::default();
+    let hold = rig.hold_engine();
+    let mut run = rig.start();
+    run.job("first", &["9,0,0"]);
+    until("the engine is busy", || run.batches() == [1]).await;
+    for id in ["a", "b"] {
+        run.job(id, &["9,0,0", "0,9,0", "0,0,9"]);
+    }
+    until("all are fetched", || (run.store.fetching.started(), run.store.fetching.now()) == (7, 0))
+        .await;
+    assert_eq!((run.batches(), run.sink.results().len()), (vec![1], 0), "the engine was held");
+    drop(hold);
+    run.finished().await;
+    assert_eq!(verdicts(&run.result("b")), ["red", "green", "blue"]);
+}
+
 /// [`until`] for a clock that ticks.
 async fn until_ticking(what: &str, check: impl Fn() -> bool) {
     let start = std::time::Instant::now();

@@ -6,7 +6,6 @@ use std::time::Duration;
 use angler::classes::catalog::{Catalog, version_key};
 use angler::classes::{Contents, file};
 use angler::error::{Failure, FailureCode};
-use angler::job::decode_embedding;
 use angler::source::Settlement;
 use angler::store::local::LocalObjects;
 use angler::store::{ETag, Got, Listed, Object, ObjectError, ObjectStore};
@@ -275,7 +274,7 @@ async fn embeddings_come_back_as_unit_vectors_if_wanted() {
     let result = run.only_result().await;
     for (entry, colour) in entries(&result).iter().zip([[3.0, 1.0, 1.0], [100.0, 200.0, 10.0]]) {
         let best = classified(entry);
-        let embedding = decode_embedding(best.embedding.as_ref().unwrap()).unwrap();
+        let embedding = &best.embedding.as_ref().unwrap().0;
         let norm = colour.iter().map(|x: &f32| x * x).sum::<f32>().sqrt();
         for (got, wanted) in embedding.iter().zip(colour) {
             assert!((got - wanted / norm).abs() < 1e-5, "{embedding:?}");

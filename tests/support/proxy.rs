@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
@@ -30,6 +31,7 @@ pub struct Proxy {
     address: SocketAddr,
     fault: watch::Sender<Fault>,
     cuts: watch::Sender<u64>,
+    accepted: Arc<AtomicUsize>,
     _accepting: AbortOnDropHandle<()>,
 }
 
@@ -41,11 +43,14 @@ impl Proxy {
         let (fault, cuts) = (watch::Sender::new(Fault::default()), watch::Sender::new(0));
         let upstream: Arc<str> = upstream.into();
         let (faults, cut) = (fault.subscribe(), cuts.subscribe());
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&accepted);
         let accepting = tokio::spawn(async move {
             // Ends with the listener: those that are open go with it.
             let mut open = tokio::task::JoinSet::new();
             loop {
                 let Ok((client, _)) = listener.accept().await else { return };
+                count.fetch_add(1, Ordering::SeqCst);
                 while open.try_join_next().is_some() {}
                 if faults.borrow().refuse {
                     reset(&client);
@@ -54,12 +59,17 @@ impl Proxy {
                 open.spawn(pass(client, Arc::clone(&upstream), faults.clone(), cut.clone()));
             }
         });
-        Self { address, fault, cuts, _accepting: AbortOnDropHandle::new(accepting) }
+        Self { address, fault, cuts, accepted, _accepting: AbortOnDropHandle::new(accepting) }
     }
 
     /// `127.0.0.1:port`.
     pub fn address(&self) -> String {
         self.address.to_string()
+    }
+
+    /// Connections so far.
+    pub fn accepted(&self) -> usize {
+        self.accepted.load(Ordering::SeqCst)
     }
 
     /// From now on, for open connections too.

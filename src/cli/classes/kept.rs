@@ -260,7 +260,7 @@ pub(super) fn matrix(batch: &[Kept], dim: usize) -> Result<Array2<f32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::encode_embedding;
+    use crate::job::Embedding;
     use std::io::Write;
 
     fn expected() -> Expected {
@@ -283,7 +283,7 @@ mod tests {
     }
 
     fn encoded() -> String {
-        encode_embedding(&[0.6, 0.8])
+        Embedding(vec![0.6, 0.8]).to_string()
     }
 
     #[test]
@@ -324,9 +324,9 @@ mod tests {
             ("{\"uri\":".to_owned(), "is not a result"),
             ("{\"a\":1}".to_owned(), "neither `uri` nor `images`"),
             (with("AAA"), "not base64"),
-            (with(&encode_embedding(&[1.0])), "has 1 values"),
-            (with(&encode_embedding(&[0.0, 0.0])), "no direction"),
-            (with(&encode_embedding(&[f32::NAN, 0.0])), "no direction"),
+            (with(&Embedding(vec![1.0]).to_string()), "has 1 values"),
+            (with(&Embedding(vec![0.0, 0.0]).to_string()), "no direction"),
+            (with(&Embedding(vec![f32::NAN, 0.0]).to_string()), "no direction"),
             (
                 format!("{{\"uri\":\"u\",\"embedding\":\"{}\",\"model\":\"n@2\"}}", encoded()),
                 "model n@2",

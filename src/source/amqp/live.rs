@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::acks::Acks;
 use crate::amqp::topology::Topology;
 use crate::amqp::{AmqpError, AmqpOptions, connect, short};
 
@@ -20,15 +21,20 @@ const LOOK: Duration = Duration::from_secs(1);
 pub(super) struct Live {
     pub connection: Connection,
     pub channel: Channel,
+    /// Of what came on `channel`.
+    pub acks: Acks,
     /// None while the source is paused.
     pub consumer: Option<Consumer>,
     /// Where suspects are taken from, one at a time.
     pub suspects: Channel,
+    /// Of what came on `suspects`.
+    pub suspect_acks: Acks,
     /// Cancelled with the connection.
     pub lost: CancellationToken,
     /// Cancels `lost` when the connection reports an error, even while nobody receives.
     _watch: AbortOnDropHandle<()>,
     _look: AbortOnDropHandle<()>,
+    _acking: [AbortOnDropHandle<()>; 2],
 }
 
 /// Connects, declares the topology and consumes. `waiting` tells whether suspects wait.
@@ -51,14 +57,19 @@ pub(super) async fn open(
     // Unacked deliveries at once; the worker holds no more jobs than that.
     channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
     let consumer = consume(&channel, topology, options).await?;
+    let (acks, acking) = Acks::start(channel.clone(), prefetch);
+    let (suspect_acks, acking_suspects) = Acks::start(suspects.clone(), 1);
     Ok(Live {
         connection,
         channel,
+        acks,
         consumer: Some(consumer),
         suspects,
+        suspect_acks,
         lost,
         _watch: watch,
         _look: look,
+        _acking: [acking, acking_suspects],
     })
 }
 

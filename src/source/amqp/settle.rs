@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
-use lapin::options::BasicAckOptions;
+use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{Acker, BasicProperties};
 
+use super::acks::PendingAck;
 use crate::amqp::publisher::{Published, Publisher};
 use crate::amqp::topology::Topology;
 use crate::amqp::{DELIVERY_COUNT, DIED_AT, again, short};
@@ -21,13 +21,12 @@ const ERROR: &str = "angler-error";
 
 /// A message as it came, with the duty to settle it.
 pub(super) struct Message {
-    pub acker: Acker,
+    pub ack: PendingAck,
     pub publisher: Arc<Publisher>,
-    pub topology: Topology,
-    /// The queue that it came from.
-    pub queue: String,
+    pub topology: Arc<Topology>,
+    /// Whether it came from the queue of suspects, else from that of jobs.
+    pub suspect: bool,
     pub properties: BasicProperties,
-    pub headers: FieldTable,
     pub body: Vec<u8>,
     pub attempt: u32,
 }
@@ -42,10 +41,10 @@ impl Message {
                 || key.starts_with("x-first-death-")
                 || key.starts_with("x-last-death-")
         };
-        let kept: BTreeMap<ShortString, AMQPValue> = self
-            .headers
-            .inner()
-            .iter()
+        let headers = self.properties.headers().as_ref().map(FieldTable::inner);
+        let kept: BTreeMap<ShortString, AMQPValue> = headers
+            .into_iter()
+            .flatten()
             .filter(|(key, _)| !stripped(key.as_str()))
             .map(|(key, value)| (key.clone(), value.clone()))
             .chain(own.iter().map(|(key, value)| (short(key), value.clone())))
@@ -60,22 +59,18 @@ impl Message {
 
     /// To the end of its own queue, as it came. A nack would put it to the front, but the broker
     /// counts that as a failed delivery, and whoever gets it would take it for a suspect.
-    pub async fn give_back(&self) {
-        self.republish(&self.queue, &[]).await;
-        self.ack().await;
+    pub async fn give_back(self) {
+        if self.suspect {
+            return self.set_apart().await;
+        }
+        self.republish(&self.topology.jobs, &[]).await;
+        self.ack.ack().await;
     }
 
     /// To the queue of suspects.
-    pub async fn set_apart(&self) {
+    pub async fn set_apart(self) {
         self.republish(&self.topology.suspects_queue(), &[]).await;
-        self.ack().await;
-    }
-
-    /// Only once it is safe elsewhere.
-    async fn ack(&self) {
-        if let Err(error) = self.acker.ack(BasicAckOptions::default()).await {
-            tracing::warn!("a delivery could not be settled and comes back: {error}");
-        }
+        self.ack.ack().await;
     }
 }
 
@@ -111,6 +106,6 @@ impl Settle for Message {
                 self.republish(&self.topology.dead, &own).await;
             }
         }
-        self.ack().await;
+        self.ack.ack().await;
     }
 }
