@@ -150,6 +150,16 @@ fn the_report_fits_a_terminal() {
 }
 
 #[test]
+fn a_back_end_that_scores_in_its_graph_has_a_third_way() {
+    let mut setup = Setup::store();
+    setup.set("model.path", tiny::MODEL).set("embedder.backend", "onnxruntime");
+    let report = json(&setup, &["--only", "ways"]);
+    assert_eq!(report["fused"], true);
+    let ways = column(&report, "ways", "way");
+    assert_eq!(ways, ["one_by_one", "batched", "fused"].repeat(3));
+}
+
+#[test]
 fn what_is_named_alone_is_measured_alone() {
     let setup = on_tract(Setup::default());
     let report = json(&setup, &["--only", "score", "--memory", "0.0001", "--class-count", "20"]);

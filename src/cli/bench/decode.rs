@@ -1,4 +1,4 @@
-//! Decoding alone: what the pipeline does with an image's bytes, on all cores at once, and which share
+//! Decoding alone: what the pipeline does with an image's bytes, on as many threads, and which share
 //! of it is decoding and which is resizing.
 
 use std::sync::Arc;
@@ -29,7 +29,7 @@ pub(super) async fn measure(stage: &Stage, samples: &mut Samples<Key>, all: bool
 
 async fn decode(stage: &Stage, photos: Arc<Photos>) -> Result<super::figures::Sample> {
     let (spec, limits) = (stage.model.pixels.clone(), stage.limits());
-    let (cores, time) = (stage.cores, stage.plan.time);
+    let (decoders, time) = (stage.app.settings.image_limits().decoders, stage.plan.time);
     blocking(move || {
         let [decoding, resizing] = [AtomicU64::new(0), AtomicU64::new(0)];
         let add = |to: &AtomicU64, from: Instant| {
@@ -37,7 +37,7 @@ async fn decode(stage: &Stage, photos: Arc<Photos>) -> Result<super::figures::Sa
             to.fetch_add(nanos, Ordering::Relaxed);
         };
         let size = spec.width as usize * spec.height as usize * 3;
-        let mut sample = on_threads(cores, time, |number| {
+        let mut sample = on_threads(decoders, time, |number| {
             let file = &photos.files[number % photos.files.len()];
             let mut pixels = vec![0; size];
             let started = Instant::now();

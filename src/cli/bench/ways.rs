@@ -14,7 +14,7 @@ use super::meter::Meter;
 use super::score::TOP_K;
 use super::stage::{Stage, blocking};
 use crate::classes::ClassVectors;
-use crate::embed::{self, EmbedError, Embedder};
+use crate::embed::{self, Against, EmbedError, Embedder, Scoring};
 use crate::model::Model;
 use crate::preprocess::{PixelLimits, PixelSpec, preprocess};
 use crate::score::{Scorer, normalise};
@@ -42,6 +42,7 @@ enum Input {
 
 pub(super) async fn measure(stage: &Stage, samples: &mut Samples<Key>) -> Result<()> {
     let mut options = stage.app.settings.embed_options();
+    options.scoring = Scoring::Host;
     // One session with all cores, on one device: nothing overlaps.
     options.sessions = 1;
     options.devices.truncate(1);
@@ -59,12 +60,12 @@ pub(super) async fn measure(stage: &Stage, samples: &mut Samples<Key>) -> Result
     let measured = blocking(move || {
         let mut ways = vec![Way::OneByOne, Way::Batched];
         let embedder = open(&model, &options)?;
-        let mut fusing = open_fusing(&model, &options)?;
-        let black =
-            Array4::zeros((1, model.pixels.height as usize, model.pixels.width as usize, 3));
-        if let Some(embedder) = &mut fusing
-            && fused(embedder.as_mut(), black.view(), &classes).is_some()
-        {
+        options.scoring = Scoring::Graph;
+        let mut fusing = open(&model, &options)?;
+        let (height, width) = (model.pixels.height as usize, model.pixels.width as usize);
+        let black = Array4::zeros((1, height, width, 3));
+        if let Some(scored) = fused(fusing.as_mut(), black.view(), &classes) {
+            scored.map_err(|e| anyhow!("the back end fails to score in its graph: {e}"))?;
             ways.push(Way::Fused);
         }
         let spec = model.pixels.clone();
@@ -95,25 +96,19 @@ fn open(model: &Model, options: &embed::Options) -> Result<Box<dyn Embedder>> {
     first.ok_or_else(|| anyhow!("there is no embedder"))
 }
 
-/// One that scores in its graph; none if the back end cannot.
-///
-/// No back end can yet.
-fn open_fusing(_model: &Model, _options: &embed::Options) -> Result<Option<Box<dyn Embedder>>> {
-    Ok(None)
-}
-
-/// Embeds and scores in one graph; none if that is not possible with these classes.
+/// Embeds and scores in one graph; none if the back end cannot, or not with these classes.
 fn fused(
-    _embedder: &mut dyn Embedder,
-    _pixels: ArrayView4<'_, u8>,
-    _classes: &Arc<ClassVectors>,
+    embedder: &mut dyn Embedder,
+    pixels: ArrayView4<'_, u8>,
+    classes: &Arc<ClassVectors>,
 ) -> Option<Result<(), EmbedError>> {
-    None
+    let against = Against { classes, top_k: TOP_K, embeddings: false };
+    embedder.classify(pixels, &against).map(|scores| scores.map(|_| ()))
 }
 
 struct Walk {
     embedder: Box<dyn Embedder>,
-    fusing: Option<Box<dyn Embedder>>,
+    fusing: Box<dyn Embedder>,
     classes: Arc<ClassVectors>,
     scorer: Scorer,
     spec: PixelSpec,
@@ -163,8 +158,7 @@ impl Walk {
     fn run(&mut self, way: Way, pixels: ArrayView4<'_, u8>) -> Result<()> {
         let failed = |e: EmbedError| anyhow!("the back end failed: {e}");
         if way == Way::Fused {
-            let embedder = self.fusing.as_mut();
-            let fused = embedder.and_then(|e| fused(e.as_mut(), pixels, &self.classes));
+            let fused = fused(self.fusing.as_mut(), pixels, &self.classes);
             return fused.ok_or_else(|| anyhow!("the back end scores no more"))?.map_err(failed);
         }
         let mut embeddings = self.embedder.embed(pixels).map_err(failed)?;
