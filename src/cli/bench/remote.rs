@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
 use aws_sdk_s3::Client;
-use aws_sdk_s3::error::DisplayErrorContext;
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use lapin::options::{ExchangeDeleteOptions, QueueDeleteOptions, QueuePurgeOptions};
@@ -16,6 +16,7 @@ use super::photos::Photos;
 use crate::amqp::{AmqpOptions, connect};
 use crate::config::Settings;
 use crate::store::s3::{self, S3Uri};
+use crate::tls::STORE;
 
 /// How long a broker or a worker may say nothing.
 pub(super) const SILENCE: Duration = Duration::from_secs(60);
@@ -80,7 +81,7 @@ impl Remote {
             let body = ByteStream::from(photos.files[number % photos.files.len()].clone());
             async move {
                 let put = self.client.put_object().bucket(bucket).key(&key).body(body).send().await;
-                put.map_err(|e| anyhow!("s3://{bucket}/{key}: {}", DisplayErrorContext(&e)))?;
+                put.map_err(|e| anyhow!("s3://{bucket}/{key}: {}", told(&e)))?;
                 Ok::<String, anyhow::Error>(format!("s3://{bucket}/{key}"))
             }
         };
@@ -124,7 +125,7 @@ impl Remote {
         let keys = std::mem::take(&mut *self.keys());
         let delete = |key: String| async move {
             let deleted = self.client.delete_object().bucket(bucket).key(&key).send().await;
-            deleted.map_err(|e| anyhow!("s3://{bucket}/{key}: {}", DisplayErrorContext(&e)))
+            deleted.map_err(|e| anyhow!("s3://{bucket}/{key}: {}", told(&e)))
         };
         let mut deleted = stream::iter(keys.into_iter().map(delete)).buffer_unordered(AT_ONCE);
         let mut outcome = Ok(());
@@ -152,4 +153,22 @@ impl Remote {
         connection.close(200, "done".into()).await?;
         Ok(())
     }
+}
+
+/// What the store said, else the innermost cause: the layers between only say that a request failed.
+fn told<E>(error: &SdkError<E, aws_sdk_s3::config::http::HttpResponse>) -> String
+where
+    E: ProvideErrorMetadata + std::error::Error + 'static,
+{
+    if let Some(code) = error.code() {
+        return format!("{code}: {}", error.message().unwrap_or("no message"));
+    }
+    if let Some(sentence) = STORE.explain(error) {
+        return sentence;
+    }
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    cause.to_string()
 }
