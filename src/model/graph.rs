@@ -74,8 +74,8 @@ pub(super) fn with_pixel_input(
         front.node("Gather", &["bgr"], Some(int("axis", axis)));
     }
     front.node("Cast", &[], Some(int("to", DataType::Float as i64)));
-    front.constant("mean", per_channel(transform.mean, transform.layout));
-    front.constant("std", per_channel(transform.std, transform.layout));
+    front.constant("mean", per_channel(transform.mean, transform.layout, transform.width));
+    front.constant("std", per_channel(transform.std, transform.layout, transform.width));
     front.node("Sub", &["mean"], None);
     front.node("Div", &["std"], None);
     let (nodes, constants) = front.finish(&input.name);
@@ -266,12 +266,21 @@ pub(super) fn int64s(values: &[i64]) -> TensorProto {
 }
 
 /// Three values shaped so that they broadcast along the channels of [N, C, H, W] or [N, H, W, C].
-fn per_channel(values: [f32; 3], layout: Layout) -> TensorProto {
+///
+/// Equal ones are one value, and others are repeated along a row: ONNX Runtime moves the transpose
+/// behind them where the model's first layer wants the channels last, and broadcasting three values
+/// along the innermost axis then took as long as a fifth of an 8-bit model.
+fn per_channel(values: [f32; 3], layout: Layout, width: u32) -> TensorProto {
+    let (dims, values): (Vec<i64>, Vec<f32>) = match layout {
+        _ if values.iter().all(|value| *value == values[0]) => (vec![1; 4], vec![values[0]]),
+        Layout::Nchw => {
+            let rows = values.iter().flat_map(|value| (0..width).map(|_| *value));
+            (vec![1, 3, 1, width.into()], rows.collect())
+        }
+        Layout::Nhwc => (vec![1, 1, width.into(), 3], (0..width).flat_map(|_| values).collect()),
+    };
     TensorProto {
-        dims: match layout {
-            Layout::Nchw => vec![1, 3, 1, 1],
-            Layout::Nhwc => vec![1, 1, 1, 3],
-        },
+        dims,
         data_type: DataType::Float as i32,
         raw_data: values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         ..TensorProto::default()

@@ -319,6 +319,23 @@ impl Report {
         }
     }
 
+    /// The same of all the sessions that the settings make, at once.
+    pub(super) fn batching_in_sessions(&self) -> Option<String> {
+        let mut rows = self.embed.iter().filter(|row| Some(row.backend) == self.model.backend);
+        let (first, last) = (rows.next()?, rows.next_back()?);
+        let gain = last.figure.images_per_second / first.figure.images_per_second;
+        let worth = match gain {
+            gain if gain >= NOTHING => format!("is {gain:.2} times as fast"),
+            loss if loss <= 1.0 / NOTHING => format!("takes {:.2} times as long", 1.0 / loss),
+            _ => "gains nothing".to_owned(),
+        };
+        Some(format!(
+            "With the sessions of the settings, all at work, it {worth}: {:.0} images/s in batches of \
+             {}, {:.0} in batches of {}.",
+            last.figure.images_per_second, last.batch, first.figure.images_per_second, first.batch
+        ))
+    }
+
     /// What batching by itself is worth, in a sentence, if that was measured.
     pub(super) fn batching(&self) -> Option<String> {
         let row = |way| self.ways.iter().find(|row| row.way == way && row.from == PIXELS);
@@ -329,7 +346,10 @@ impl Report {
         );
         Some(match batched.speedup {
             gain if gain >= NOTHING => {
-                format!("Batching by itself is {gain:.2} times as fast: {figures}.")
+                format!(
+                    "Batching by itself, in one session with all cores, is {gain:.2} times as fast: \
+                     {figures}."
+                )
             }
             loss if loss <= 1.0 / NOTHING => {
                 format!("Batching by itself takes {:.2} times as long: {figures}.", 1.0 / loss)

@@ -263,7 +263,9 @@ impl Report {
     }
 
     pub(super) fn way_notes(&self) -> Vec<String> {
-        let mut lines: Vec<String> = self.batching().into_iter().collect();
+        let batching = self.batching();
+        let in_sessions = batching.as_ref().and_then(|_| self.batching_in_sessions());
+        let mut lines: Vec<String> = batching.into_iter().chain(in_sessions).collect();
         if self.fused == Some(false) {
             lines.push("Cosine in the graph: not available with this back end.".to_owned());
         }
