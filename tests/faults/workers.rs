@@ -67,11 +67,11 @@ async fn a_worker_that_stops_in_order_leaves_no_job_unacked() {
     ledger.collect(&mut results, &ids).await;
     worker.signal("TERM");
     assert!(worker.ended().await.success());
-    // A job whose ack was missing would have come again, as a suspect.
+    // A finished job whose ack was missing would have been done again. (What the broker had on its
+    // way to the worker as it stopped consuming comes again too, but nobody had begun it.)
     ledger.linger(&mut results, Duration::from_millis(200)).await;
     ledger.all_done();
     assert_eq!(ledger.duplicates, 0);
-    assert!(!worker.log().contains("delivered again"), "{}", worker.log());
     for queue in ["angler.jobs", "angler.suspects", "angler.dead"] {
         assert!(client.get(queue).await.is_none(), "left in {queue}");
     }
