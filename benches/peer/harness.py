@@ -279,6 +279,13 @@ def answers(bodies):
     return found
 
 
+def clear(channel):
+    """What the worker before left: it may have ended between its last result and the ack, and then the job comes back."""
+    time.sleep(0.5)
+    for queue in ["angler.jobs", "angler.suspects", "angler.results"]:
+        channel.queue_purge(queue)
+
+
 def warm(channel, worker, uris):
     """A first job, which is not counted: libraries load, class vectors are read, buffers are made."""
     publish(channel, "warm", uris[:PER_JOB])

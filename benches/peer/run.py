@@ -62,6 +62,8 @@ def arguments():
 
 def measure(bench, way, uris):
     """One way, once: what it took, and the label and score of each image."""
+    with bench.servers.channel() as channel:
+        harness.clear(channel)
     with bench.worker(way) as worker, bench.servers.channel() as channel:
         harness.warm(channel, worker, uris)
         jobs = harness.jobs_of(uris)
