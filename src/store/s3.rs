@@ -273,7 +273,7 @@ where
 }
 
 /// The innermost cause: the outer layers only say that a request failed.
-fn brief(error: &(dyn std::error::Error + 'static)) -> String {
+pub(crate) fn brief(error: &(dyn std::error::Error + 'static)) -> String {
     if let Some(sentence) = STORE.explain(error) {
         return sentence;
     }

@@ -15,8 +15,7 @@ use tokio::time::timeout;
 use super::photos::Photos;
 use crate::amqp::{AmqpOptions, connect};
 use crate::config::Settings;
-use crate::store::s3::{self, S3Uri};
-use crate::tls::STORE;
+use crate::store::s3::{self, S3Uri, brief};
 
 /// How long a broker or a worker may say nothing.
 pub(super) const SILENCE: Duration = Duration::from_secs(60);
@@ -163,12 +162,5 @@ where
     if let Some(code) = error.code() {
         return format!("{code}: {}", error.message().unwrap_or("no message"));
     }
-    if let Some(sentence) = STORE.explain(error) {
-        return sentence;
-    }
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    cause.to_string()
+    brief(error)
 }
