@@ -42,8 +42,8 @@ WAYS = {
     "angler": [(["angler"], 0)],
     "batched": [(["worker.py", "batched"], 1)],
     "one-by-one": [(["worker.py", "one-by-one"], 1)],
-    "plain": [(["worker.py", "batched", "whole"], 1)],
-    "plain-one-by-one": [(["worker.py", "one-by-one", "whole"], 1)],
+    "tuned": [(["worker.py", "batched", "scaled"], 1)],
+    "tuned-one-by-one": [(["worker.py", "one-by-one", "scaled"], 1)],
     "mosec": [(["server.py", "whole"], CORES), (["worker.py", "served"], 1)],
     "mosec-stages": [(["server.py", "stages"], CORES + 1), (["worker.py", "served"], 1)],
 }

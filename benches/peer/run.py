@@ -7,15 +7,18 @@
     target/peer/bin/python benches/peer/run.py --model models/efficientnet-lite0 FOLDER…
     target/peer/bin/python benches/peer/run.py --memory 100000
 
-The ways: `batched` and `one-by-one` of worker.py, `plain` and `plain-one-by-one` without Pillow's draft mode; `mosec` and `mosec-stages`, the two shapes of server.py.
+The ways: `batched` and `one-by-one` of worker.py; `tuned` and `tuned-one-by-one`, the same with Pillow's draft mode;
+`mosec` and `mosec-stages`, the two shapes of server.py.
 
 Two kinds of photos are made of samples/photos: small ones of 320 × 240 (about 26 kB), and 1600 × 1200 as a camera makes
 them. In each round each way gets all images as jobs of 64, after a first job that is not counted; the time runs from
-the first job's publication to the last result. The next round begins with the next way. Nothing else should run on
-the machine.
+the first job's publication to the last result. The next round begins with the next way. With several models, each
+round has the ways of all of them, so that a model in angler can be compared with another model in a peer. Nothing else
+should run on the machine.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -32,7 +35,7 @@ import procfs
 from harness import PER_JOB, ROOT
 
 PACKAGES = ["onnxruntime", "pillow", "numpy", "boto3", "pika", "mosec"]
-COLUMNS = ["model", "images", "way", "images/s", "angler is", "same labels", "scores within", "peak memory", "CPU ms an image: worker", "broker", "store"]
+COLUMNS = ["same labels", "scores within", "peak memory", "CPU ms an image: worker", "broker", "store"]
 
 
 def arguments():
@@ -41,7 +44,7 @@ def arguments():
     parser.add_argument("--images", type=int, default=640, help="of each kind; each round and way gets them all")
     parser.add_argument("--kinds", default="small,camera", help="by comma")
     parser.add_argument("--model", nargs="+", default=["models/efficientnet-lite0"], metavar="FOLDER")
-    parser.add_argument("--ways", default="angler,plain,plain-one-by-one,batched,one-by-one,mosec", help=f"by comma, of {', '.join(harness.WAYS)}")
+    parser.add_argument("--ways", default="angler,batched,one-by-one,tuned,tuned-one-by-one,mosec", help=f"by comma, of {', '.join(harness.WAYS)}")
     parser.add_argument("--binary", default="target/release/angler")
     parser.add_argument("--setting", action="append", default=[], metavar="KEY=VALUE", help="for angler; may be repeated")
     parser.add_argument("--json", metavar="FILE", help="the figures of each round, too")
@@ -80,20 +83,22 @@ def measure(bench, way, uris):
         return run, harness.answers(bodies)
 
 
-def compare(bench, ways, uris, rounds):
-    """Each way's runs, one a round. A ratio is taken within its round, since a machine's speed drifts."""
-    runs = {way: [] for way in ways}
+def compare(benches, ways, uris, rounds):
+    """The runs of each model and way, one a round. A ratio is taken within its round, since a machine's speed drifts."""
+    entries = [(model, way) for model in benches for way in ways]
+    runs = {entry: [] for entry in entries}
     for number in range(rounds):
-        first = number % len(ways)
+        first = number % len(entries)
         found = {}
-        for way in ways[first:] + ways[:first]:
-            run, found[way] = measure(bench, way, uris)
-            runs[way].append(run)
-            print(f"round {number + 1}: {way}: {run['images_per_second']:.1f} images/s", file=sys.stderr)
-        for way in ways:
-            run = runs[way][-1]
-            run["ratio"] = runs["angler"][-1]["images_per_second"] / run["images_per_second"]
-            pairs = [(found["angler"][uri], found[way][uri]) for uri in uris]
+        for model, way in entries[first:] + entries[:first]:
+            run, found[model, way] = measure(benches[model], way, uris)
+            runs[model, way].append(run)
+            print(f"round {number + 1}: {model}: {way}: {run['images_per_second']:.1f} images/s", file=sys.stderr)
+        for model, way in entries:
+            run = runs[model, way][-1]
+            rates = {ours: runs[ours, "angler"][-1]["images_per_second"] for ours in benches}
+            run["ratios"] = {ours: rate / run["images_per_second"] for ours, rate in rates.items()}
+            pairs = [(found[model, "angler"][uri], found[model, way][uri]) for uri in uris]
             run["same_labels"] = statistics.mean(ours[0] == theirs[0] for ours, theirs in pairs)
             run["scores_within"] = max(abs(ours[1] - theirs[1]) for ours, theirs in pairs)
     return runs
@@ -107,7 +112,7 @@ def summary(runs):
     used = runs[0]["cpu_seconds_per_image"]
     return {
         "images_per_second": median(lambda run: run["images_per_second"]),
-        "ratio": median(lambda run: run["ratio"]),
+        "ratios": {model: median(lambda run: run["ratios"][model]) for model in runs[0]["ratios"]},
         "same_labels": min(run["same_labels"] for run in runs),
         "scores_within": max(run["scores_within"] for run in runs),
         "peak_bytes": max(run["peak_bytes"] for run in runs),
@@ -118,7 +123,7 @@ def summary(runs):
 def row(model, kind, way, figures):
     used = figures["cpu_seconds_per_image"]
     cpu = ["–" if used[name] is None else f"{used[name] * 1e3:.1f}" for name in ["worker", "broker", "store"]]
-    beside = [f"{figures['ratio']:.2f} ×", f"{100 * figures['same_labels']:.1f} %", f"{figures['scores_within']:.4f}"]
+    beside = [*(f"{ratio:.2f} ×" for ratio in figures["ratios"].values()), f"{100 * figures['same_labels']:.1f} %", f"{figures['scores_within']:.4f}"]
     if way == "angler":
         beside = [""] * len(beside)
     return [model, kind, way, f"{figures['images_per_second']:.1f}", *beside, f"{figures['peak_bytes'] / 1e6:.0f} MB", *cpu]
@@ -183,19 +188,24 @@ def main():
         plan = f"memory over {args.memory} images" if args.memory else f"{args.rounds} rounds"
         print(f"{args.images} images of each kind in jobs of {PER_JOB}, {plan}", flush=True)
         images = {kind: servers.upload(kind, args.images) for kind in args.kinds}
-        rows = [COLUMNS]
-        for model in args.model:
-            with harness.Bench(servers, args.binary, model, args.setting) as bench:
-                harness.declare_queues(bench)
-                if args.memory:
-                    print(model.name)
-                    report["memory"].append({"model": model.name, "samples": watch_memory(bench, images, args.memory)})
-                    continue
-                for kind, uris in images.items():
-                    for way, runs in compare(bench, args.ways, uris, args.rounds).items():
-                        figures = summary(runs)
-                        rows.append(row(model.name, kind, way, figures))
-                        report["rows"].append({"model": model.name, "kind": kind, "way": way} | figures | {"runs": runs})
+        ours = ["angler is"] if len(args.model) == 1 else [f"angler with {model.name} is" for model in args.model]
+        rows = [["model", "images", "way", "images/s", *ours, *COLUMNS]]
+        with contextlib.ExitStack() as stack:
+            benches = {
+                model.name: stack.enter_context(harness.Bench(servers, args.binary, model, args.setting))
+                for model in args.model
+            }
+            harness.declare_queues(next(iter(benches.values())))
+            if args.memory:
+                for model, bench in benches.items():
+                    print(model)
+                    report["memory"].append({"model": model, "samples": watch_memory(bench, images, args.memory)})
+                images = {}
+            for kind, uris in images.items():
+                for (model, way), runs in compare(benches, args.ways, uris, args.rounds).items():
+                    figures = summary(runs)
+                    rows.append(row(model, kind, way, figures))
+                    report["rows"].append({"model": model, "kind": kind, "way": way} | figures | {"runs": runs})
         if not args.memory:
             print("\n" + table(rows))
     if args.json:

@@ -3,7 +3,7 @@ and results, on pika, boto3, Pillow, onnxruntime and numpy.
 
     worker.py batched      a pool of threads fetches and decodes, ahead and across jobs; up to 32 images are embedded at once
     worker.py one-by-one   an image after the other
-    worker.py … whole      either of them without Pillow's fast way for large JPEGs, which few know
+    worker.py … scaled     either of them with Pillow's fast way for large JPEGs, which few know
     worker.py served       a pool of threads fetches and posts each image to the model server of server.py
 
 One thread talks to the broker, so that publishing a result and waiting for its confirm does not stop the embedding.
@@ -57,7 +57,7 @@ class Decoder:
         side, width, height = self.spec["resize_to"], self.spec["width"], self.spec["height"]
         # The decoder may scale by 2, 4 or 8: Pillow's own fast way for large JPEGs. Twice the size that is wanted stays,
         # as in Pillow's thumbnails: with less, embeddings of camera photos fall to a cosine of .992 with whole decoding.
-        if spare := tunable("DRAFT", 0 if "whole" in sys.argv else 2):
+        if spare := tunable("DRAFT", 2 if "scaled" in sys.argv else 0):
             image.draft("RGB", (spare * side, spare * side))
         image = ImageOps.exif_transpose(image).convert("RGB")
         scale = side / min(image.size)

@@ -52,6 +52,8 @@ use crate::store::s3::S3Uri;
 const MOST_IMAGES: f64 = 100_000.0;
 /// The most names that the images of a kind get.
 const MOST_NAMES: usize = 4096;
+/// What class vectors may take unless --memory says so, in bytes: a million of the default model's fit.
+const MEMORY: u64 = 4_000_000_000;
 
 /// Measure where this machine's time goes, and how close the pipeline is to its ceiling
 ///
@@ -90,8 +92,9 @@ pub struct Bench {
     #[arg(long, value_name = "N", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     class_count: u32,
     /// What the class vectors of one measurement may take, in GB; larger sets are skipped
-    #[arg(long, value_name = "GB", default_value_t = 2.0)]
-    memory: f64,
+    /// [default: 4, or half of what the machine has left]
+    #[arg(long, value_name = "GB")]
+    memory: Option<f64>,
     /// Where images may be put for the while, to measure fetching from S3
     #[arg(long, value_name = "s3://BUCKET/PREFIX")]
     bucket: Option<String>,
@@ -172,7 +175,7 @@ impl Bench {
         if let Some(path) = self.images.iter().find(|path| is_s3(path)) {
             return Err(UsageError(format!("--images {path}: name local files or folders")));
         }
-        if !(self.memory > 0.0 && self.memory.is_finite()) {
+        if self.memory.is_some_and(|memory| !(memory > 0.0 && memory.is_finite())) {
             return Err(UsageError("--memory must be above 0".to_owned()));
         }
         if self.html.as_deref() == Some(std::path::Path::new("-")) {
@@ -219,7 +222,10 @@ impl Bench {
         let running = (settings.embedder.max_batch, self.class_count as usize);
         let timing = (self.rounds.map(usize::from), self.seconds);
         let plan = Plan::new(&self.only, self.quick, timing, running);
-        let memory = (self.memory * 1e9) as u64;
+        let memory = match self.memory {
+            Some(memory) => (memory * 1e9) as u64,
+            None => meter::available_memory().map_or(MEMORY, |left| MEMORY.min(left / 2)),
+        };
         let own = match self.images.is_empty() {
             true => Vec::new(),
             false => gather::images(app, &self.images).await?,
@@ -243,9 +249,9 @@ impl Bench {
         let needed = (rows * model.dim * Precision::F32.bytes()) as u64;
         if needed > memory {
             let wrong = format!(
-                "--class-count {rows}: they take {}, --memory allows {} GB",
+                "--class-count {rows}: they take {}, --memory allows {}",
                 layout::bytes(needed),
-                self.memory
+                layout::bytes(memory)
             );
             return Err(UsageError(wrong).into());
         }

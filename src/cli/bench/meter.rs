@@ -57,6 +57,17 @@ pub(super) fn processors() -> Option<usize> {
     Some(count_processors(&std::fs::read_to_string("/proc/stat").ok()?))
 }
 
+/// What the machine could give to a process without swapping, in bytes.
+pub(super) fn available_memory() -> Option<u64> {
+    available_bytes(&std::fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+fn available_bytes(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kibibytes * 1024)
+}
+
 fn machine() -> Option<u64> {
     busy_ticks(&std::fs::read_to_string("/proc/stat").ok()?)
 }
@@ -106,6 +117,13 @@ mod tests {
         assert_eq!(count_processors(STAT), 2);
         assert_eq!(busy_ticks("cpu  1 2 3\n"), None);
         assert_eq!(busy_ticks("intr 1\n"), None);
+    }
+
+    #[test]
+    fn memory_that_is_left_is_read_in_bytes() {
+        let text = "MemTotal:       24000000 kB\nMemFree: 5 kB\nMemAvailable:   22000000 kB\n";
+        assert_eq!(available_bytes(text), Some(22_000_000 * 1024));
+        assert_eq!(available_bytes("MemTotal: 24 kB\n"), None);
     }
 
     #[test]
