@@ -15,6 +15,7 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use futures_io::AsyncRead;
+use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::tcp::{AsyncTcpStream, RustlsConnector};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::uri::{AMQPScheme, AMQPUri};
@@ -190,6 +191,17 @@ pub(crate) fn short(text: &str) -> ShortString {
         let end = (0..=255).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0);
         ShortString::try_new(&text[..end]).unwrap_or_default()
     })
+}
+
+/// What the broker refused, if the connection survived it.
+pub(crate) fn refused(error: &lapin::Error) -> Option<AMQPSoftError> {
+    match error.kind() {
+        ErrorKind::ProtocolError(e) => match e.kind() {
+            AMQPErrorKind::Soft(soft) => Some(soft.clone()),
+            AMQPErrorKind::Hard(_) => None,
+        },
+        _ => None,
+    }
 }
 
 /// Where a quorum queue tells how often a message was delivered before without being acked.

@@ -92,7 +92,9 @@ impl App {
             tracing::info!(model = model.fingerprint, "back end {}", opened.reason);
             let size = (model.pixels.width, model.pixels.height);
             let policy = self.settings.batch_policy();
-            Ok(Engine::start(opened.embedders, policy, size, self.settings.scorer())?)
+            let on_failure = self.settings.embedder.on_device_failure;
+            let scorer = self.settings.scorer();
+            Ok(Engine::start_with(opened.embedders, policy, size, scorer, on_failure)?)
         })
     }
 
@@ -212,7 +214,8 @@ impl App {
     ) -> Result<Daemon> {
         let s = &self.settings;
         let name = worker_name();
-        let catalog = Arc::new(self.catalog(model).await?);
+        let catalog = self.catalog(model).await?.uploading_to(engine.class_memories());
+        let catalog = Arc::new(catalog);
         readiness.set_catalog(Arc::clone(&catalog));
         for selector in s.preload()? {
             let loaded = catalog.resolve(&selector).await;

@@ -11,7 +11,9 @@ use serde::Deserialize;
 use crate::amqp::topology::Topology;
 use crate::amqp::{AmqpOptions, parse_url};
 use crate::classes::catalog::CatalogOptions;
+use crate::embed::onnxruntime::{ConvSearch, CudaOptions};
 use crate::embed::{self, BackendChoice, Scoring};
+use crate::engine::OnFailure;
 use crate::engine::batcher::BatchPolicy;
 use crate::job::{ClassSelector, JobLimits};
 use crate::pipeline::ImageLimits;
@@ -68,6 +70,10 @@ section!(/** `[embedder]` */ EmbedderSettings {
     allow_fallback: bool,
     scoring: Scoring,
     graph_bytes: usize,
+    tf32: bool,
+    cudnn_search: ConvSearch,
+    nhwc: bool,
+    on_device_failure: OnFailure,
     onnxruntime_library: String,
 });
 section!(/** `[classes]` */ ClassesSettings {
@@ -235,6 +241,7 @@ impl Settings {
             allow_fallback: e.allow_fallback,
             scoring: e.scoring,
             graph_bytes: e.graph_bytes,
+            cuda: CudaOptions { tf32: e.tf32, search: e.cudnn_search, nhwc: e.nhwc },
             onnxruntime_library: path(&e.onnxruntime_library),
         }
     }

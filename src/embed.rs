@@ -14,6 +14,7 @@ pub(crate) mod pieces;
 mod prepared;
 pub mod tract;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -41,6 +42,7 @@ pub trait Embedder: Send {
     ///
     /// # Errors
     /// [`EmbedError::Batch`] if this batch could not be run; the next may.
+    /// [`EmbedError::OutOfMemory`] if fewer images at once may do.
     /// [`EmbedError::Broken`] if the back end cannot go on.
     fn embed(&mut self, pixels: ArrayView4<'_, u8>) -> Result<Array2<f32>, EmbedError>;
 
@@ -50,7 +52,8 @@ pub trait Embedder: Send {
     /// * `pixels`: as for [`Self::embed`].
     ///
     /// # Errors
-    /// As [`Self::embed`]. After [`EmbedError::Batch`] the batch may still be embedded.
+    /// As [`Self::embed`]. After [`EmbedError::Batch`] and [`EmbedError::OutOfMemory`] the batch may
+    /// still be embedded.
     fn classify(
         &mut self,
         pixels: ArrayView4<'_, u8>,
@@ -59,6 +62,18 @@ pub trait Embedder: Send {
         let _ = (pixels, against);
         None
     }
+
+    /// Where it keeps the class vectors that it scores against; none if it does not score.
+    fn class_memory(&self) -> Option<Arc<dyn ClassMemory>> {
+        None
+    }
+}
+
+/// Memory beside a model for class vectors. It is filled from any thread, while batches run.
+pub trait ClassMemory: Send + Sync {
+    /// Brings a version there, so that its first batch does not wait for that; returns when that is
+    /// done. A version that is there, or cannot be, costs nothing.
+    fn upload(&self, classes: &Arc<ClassVectors>);
 }
 
 /// What a batch is scored against in the back end.
@@ -88,6 +103,9 @@ pub enum EmbedError {
     /// This batch failed; the back end goes on.
     #[error("{0}")]
     Batch(String),
+    /// The device had no memory for so many images; fewer may fit.
+    #[error("{0}")]
+    OutOfMemory(String),
     /// The back end is broken for good.
     #[error("{0}")]
     Broken(String),
@@ -171,12 +189,13 @@ impl Scoring {
 pub struct Options {
     /// What was asked for.
     pub choice: BackendChoice,
-    /// GPUs to use, by number; one embedder each.
+    /// GPUs to use, by number.
     pub devices: Vec<i32>,
     /// CPU threads of each embedder; 0: the cores, shared among the sessions.
     pub threads: usize,
-    /// Sessions on the CPU, each with a thread and an embedder of its own; 0: as many as the cores
-    /// allow with `threads` each, one thread each if that is 0 too.
+    /// Sessions on the CPU or on each GPU, each with a thread and an embedder of its own; 0: on the
+    /// CPU as many as the cores allow with `threads` each, one thread each if that is 0 too, and
+    /// [`SESSIONS_A_GPU`] on a GPU.
     pub sessions: usize,
     /// The most images that an embedder is given at once.
     pub max_batch: usize,
@@ -184,8 +203,10 @@ pub struct Options {
     pub allow_fallback: bool,
     /// Where embeddings are scored.
     pub scoring: Scoring,
-    /// Memory for class vectors that are scored in the graph, in bytes, for each embedder.
+    /// Memory for class vectors that are scored in the graph, in bytes, on each device.
     pub graph_bytes: usize,
+    /// How CUDA computes.
+    pub cuda: onnxruntime::CudaOptions,
     /// Where ONNX Runtime's library lies; none: well-known places are searched.
     pub onnxruntime_library: Option<PathBuf>,
 }
@@ -305,34 +326,57 @@ fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<O
             (lanes, format!("{}, {each} each", plural(sessions, "session")))
         }
         _ => {
+            let sessions = if options.sessions == 0 { SESSIONS_A_GPU } else { options.sessions };
             let provider = |device: &i32| match choice {
                 BackendChoice::Tensorrt => (onnxruntime::Provider::TensorRt(*device), size(1)),
                 _ => (onnxruntime::Provider::Cuda(*device), size(1)),
             };
-            let lanes = options.devices.iter().map(provider).collect();
-            (lanes, format!("devices {:?}", options.devices))
+            // Device by device in turn, so that the first batches go to different ones.
+            let lanes = options.devices.iter().map(provider).cycle();
+            let lanes = lanes.take(options.devices.len() * sessions).collect();
+            let each = plural(sessions, "session");
+            (lanes, format!("devices {:?}, {each} each", options.devices))
         }
     };
-    let open = |graph: Option<onnxruntime::Fused<'_>>| {
-        let session = |(provider, size): &(onnxruntime::Provider, onnxruntime::Size)| {
-            let session = runtime.session(model, *provider, *size, graph)?;
-            Ok::<_, String>(Box::new(session) as Box<dyn Embedder>)
-        };
-        lanes.iter().map(session).collect::<Result<Vec<_>, _>>()
-    };
+    let open = |graph: Option<&[u8]>| open_all(&runtime, model, options, &lanes, graph);
     let (embedders, scoring) = match fused_graph(model, options, choice) {
         None => (open(None)?, on_the_host(None)),
         Some(Err(reason)) => (open(None)?, on_the_host(Some(&reason))),
-        Some(Ok(graph)) => {
-            let fused = onnxruntime::Fused { graph: &graph, bytes: options.graph_bytes };
-            match open(Some(fused)) {
-                Ok(embedders) => (embedders, "scored in the graph".to_owned()),
-                // Scoring is no reason to be without the back end.
-                Err(reason) => (open(None)?, on_the_host(Some(&reason))),
-            }
-        }
+        Some(Ok(graph)) => match open(Some(&graph)) {
+            Ok(embedders) => (embedders, "scored in the graph".to_owned()),
+            // Scoring is no reason to be without the back end.
+            Err(reason) => (open(None)?, on_the_host(Some(&reason))),
+        },
     };
-    Ok((embedders, format!("{detail}, {scoring}, library {}", runtime.library().display())))
+    let executed: BTreeSet<String> = embedders.iter().map(|one| one.executed()).collect();
+    let executed = executed.into_iter().collect::<Vec<_>>().join(" or ");
+    let embedders = embedders.into_iter().map(|one| Box::new(one) as Box<dyn Embedder>).collect();
+    let library = runtime.library().display();
+    Ok((embedders, format!("{detail}, {executed}, {scoring}, library {library}")))
+}
+
+/// A session for each lane; those of a device share its memory for class vectors.
+fn open_all(
+    runtime: &onnxruntime::Runtime,
+    model: &Model,
+    options: &Options,
+    lanes: &[(onnxruntime::Provider, onnxruntime::Size)],
+    graph: Option<&[u8]>,
+) -> Result<Vec<onnxruntime::OnnxRuntimeEmbedder>, String> {
+    let mut memories: Vec<(onnxruntime::Provider, onnxruntime::Memory)> = Vec::new();
+    let mut open = |(provider, size): &(onnxruntime::Provider, onnxruntime::Size)| {
+        let memory = match memories.iter().find(|(known, _)| known == provider) {
+            Some((_, memory)) => memory.clone(),
+            None => {
+                let memory = onnxruntime::Memory::new(*provider, model.dim, options.graph_bytes);
+                memories.push((*provider, memory.clone()));
+                memory
+            }
+        };
+        let fused = graph.map(|graph| onnxruntime::Fused { graph, memory });
+        runtime.session(model, *provider, *size, options.cuda, fused)
+    };
+    lanes.iter().map(&mut open).collect()
 }
 
 /// The graph that scores as well, if that is asked for; else why there is none.
@@ -357,6 +401,10 @@ fn on_the_host(reason: Option<&str>) -> String {
     let reason = reason.map(|reason| format!(" ({})", reason.trim_end_matches('.')));
     format!("scored on the host{}", reason.unwrap_or_default())
 }
+
+/// Sessions on a GPU if nobody says how many: while one computes, the pixels of the other travel, and
+/// the host starts its kernels.
+pub const SESSIONS_A_GPU: usize = 2;
 
 /// Sessions on a CPU, at most, if nobody says how many: each has the weights once more.
 const MOST_SESSIONS: usize = 16;

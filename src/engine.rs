@@ -12,15 +12,16 @@ pub mod executor;
 pub mod frames;
 mod scoring;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::classes::ClassVectors;
-use crate::embed::{Backend, Embedder};
+use crate::embed::{Backend, ClassMemory, Embedder};
 use crate::error::{FatalError, ImageError};
 use crate::score::{ClassScore, Scorer};
 use crate::watchdog::Step;
@@ -93,6 +94,18 @@ impl Batch {
     fn len(&self) -> usize {
         self.images.len()
     }
+}
+
+/// What happens when an embedder is broken for good while others work:
+/// `embedder.on_device_failure`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnFailure {
+    /// The engine is broken with it.
+    #[default]
+    Exit,
+    /// It is taken out, and the others do what it did not finish.
+    Continue,
 }
 
 /// Counts since the start.
@@ -172,6 +185,7 @@ struct Inner {
     stats: Arc<EngineStats>,
     embedding: Arc<Step>,
     backend: Backend,
+    class_memories: Vec<Arc<dyn ClassMemory>>,
 }
 
 impl Engine {
@@ -187,8 +201,22 @@ impl Engine {
     pub fn start(
         embedders: Vec<Box<dyn Embedder>>,
         policy: BatchPolicy,
+        size: (u32, u32),
+        scorer: Scorer,
+    ) -> Result<Self, FatalError> {
+        Self::start_with(embedders, policy, size, scorer, OnFailure::Exit)
+    }
+
+    /// As [`start`](Self::start), which exits when an embedder breaks.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_with(
+        embedders: Vec<Box<dyn Embedder>>,
+        policy: BatchPolicy,
         (width, height): (u32, u32),
         scorer: Scorer,
+        on_failure: OnFailure,
     ) -> Result<Self, FatalError> {
         let fatal = |e: String| FatalError::Engine(e);
         let backend = embedders
@@ -204,18 +232,22 @@ impl Engine {
         let closed = CancellationToken::new();
         let stats = Arc::new(EngineStats::default());
         let embedding = Step::new("batch(es) being embedded");
+        let lanes = Arc::new(AtomicUsize::new(embedders.len()));
         let shared = executor::Shared {
             embedding: Arc::clone(&embedding),
-            batches: Arc::new(Mutex::new(ready)),
+            work: Arc::new(Mutex::new(ready)),
+            others: batches.downgrade(),
+            lanes: Arc::clone(&lanes),
+            on_failure,
             in_flight: in_flight.clone(),
             broken: Arc::new(break_it),
             stats: Arc::clone(&stats),
             scorer,
         };
-        let lanes = embedders.len();
         let frame_bytes = width as usize * height as usize * 3;
         // One fills and one waits while each embedder reads one.
-        let frames = Frames::new(lanes + 2, policy.max_batch, frame_bytes);
+        let frames = Frames::new(embedders.len() + 2, policy.max_batch, frame_bytes);
+        let class_memories = embedders.iter().filter_map(|e| e.class_memory()).collect();
         let threads = embedders
             .into_iter()
             .enumerate()
@@ -250,6 +282,7 @@ impl Engine {
                 stats,
                 embedding,
                 backend,
+                class_memories,
             }),
         })
     }
@@ -308,6 +341,12 @@ impl Engine {
     /// Batches that are being embedded, for the watchdog.
     pub fn embedding(&self) -> Arc<Step> {
         Arc::clone(&self.inner.embedding)
+    }
+
+    /// Where class vectors lie beside the models. A version that is uploaded before it is served
+    /// delays no batch.
+    pub fn class_memories(&self) -> &[Arc<dyn ClassMemory>] {
+        &self.inner.class_memories
     }
 
     /// Counts since the start.

@@ -42,6 +42,7 @@ fn try_open(model: &Model, choice: BackendChoice) -> Result<embed::Opened, embed
         allow_fallback: false,
         scoring: embed::Scoring::Host,
         graph_bytes: 0,
+        cuda: embed::onnxruntime::CudaOptions::default(),
         onnxruntime_library: library,
     };
     embed::open(model, &options)

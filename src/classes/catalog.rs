@@ -23,6 +23,7 @@ use super::file::Expected;
 use super::load::{self, Loaded, SILENCE, unavailable};
 use super::{ClassVectors, ClassesError};
 use crate::control::{Refused, SetStatus};
+use crate::embed::ClassMemory;
 use crate::job::ClassSelector;
 use crate::store::{ETag, Got, ObjectStore};
 
@@ -36,10 +37,14 @@ const ABSENCE: Duration = Duration::from_secs(1);
 /// Sets that are polled at once.
 const POLLS: usize = 8;
 
+/// How long a version's way to a device is waited for.
+const UPLOAD: Duration = Duration::from_secs(30);
+
 /// Resolves `set` and `set@version` to vectors in memory.
 pub struct Catalog {
     origin: Origin,
     expected: Expected,
+    memories: Vec<Arc<dyn ClassMemory>>,
 }
 
 /// How a catalog over a root behaves.
@@ -114,7 +119,7 @@ impl Catalog {
     pub fn fixed(classes: ClassVectors, model: &str, dim: usize) -> Result<Self, ClassesError> {
         let expected = Expected { model: model.to_owned(), dim };
         expected.check(&classes.id(), classes.model(), classes.dim())?;
-        Ok(Self { origin: Origin::Fixed(Arc::new(classes)), expected })
+        Ok(Self { origin: Origin::Fixed(Arc::new(classes)), expected, memories: Vec::new() })
     }
 
     /// A catalog over the files under a root, for the model of this fingerprint and dimension.
@@ -126,7 +131,14 @@ impl Catalog {
     ) -> Self {
         let root = Root { store, options, state: Mutex::default(), pinned_loads: Turn::default() };
         let expected = Expected { model: model.to_owned(), dim };
-        Self { origin: Origin::Root(root), expected }
+        Self { origin: Origin::Root(root), expected, memories: Vec::new() }
+    }
+
+    /// Uploads each version there before it is served.
+    #[must_use]
+    pub fn uploading_to(mut self, memories: &[Arc<dyn ClassMemory>]) -> Self {
+        self.memories = memories.to_vec();
+        self
     }
 
     /// The vectors that a job is scored against, if they are in memory.
@@ -337,7 +349,23 @@ impl Catalog {
         sha256: Option<&str>,
     ) -> Result<Loaded, ClassesError> {
         let (store, limit) = (root.store.as_ref(), root.options.version_bytes);
-        load::load(store, name, Some(&self.expected), sha256, limit).await
+        let loaded = load::load(store, name, Some(&self.expected), sha256, limit).await?;
+        if !self.memories.is_empty() {
+            self.upload(&loaded.classes).await;
+        }
+        Ok(loaded)
+    }
+
+    async fn upload(&self, classes: &Arc<ClassVectors>) {
+        let (memories, version) = (self.memories.clone(), Arc::clone(classes));
+        let uploading = tokio::task::spawn_blocking(move || {
+            memories.iter().for_each(|memory| memory.upload(&version));
+        });
+        // Whatever comes of it, the version can be served: what is not there is scored on the host.
+        if tokio::time::timeout(UPLOAD, uploading).await.is_err() {
+            let seconds = UPLOAD.as_secs();
+            tracing::warn!(classes = classes.id(), "not on its device after {seconds} s");
+        }
     }
 }
 
@@ -675,6 +703,43 @@ mod tests {
         assert_eq!(root.ask("s").await.unwrap(), "s@2");
         assert_eq!(root.catalog.status()[0].swaps, 1);
         watching.abort();
+    }
+
+    /// A device's memory that sees what is served while a version is on its way.
+    #[derive(Default)]
+    struct Device {
+        catalog: std::sync::OnceLock<Arc<Catalog>>,
+        uploads: Mutex<Vec<(String, Option<String>)>>,
+    }
+
+    impl ClassMemory for Device {
+        fn upload(&self, classes: &Arc<ClassVectors>) {
+            let active = ClassSelector::parse("s").unwrap();
+            let serving = self.catalog.get().unwrap().loaded(&active).map(|served| served.id());
+            self.uploads.lock().unwrap().push((classes.id(), serving));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_version_is_on_its_device_before_it_is_served_and_the_old_one_is_served_meanwhile() {
+        let mut root = Root::new(1 << 20);
+        for version in ["1", "2"] {
+            root.version("s", version, "m@1");
+        }
+        root.activate("s", "1");
+        let device = Arc::new(Device::default());
+        let Ok(catalog) = Arc::try_unwrap(root.catalog) else { panic!("it is shared") };
+        root.catalog = Arc::new(catalog.uploading_to(&[Arc::clone(&device) as _]));
+        assert!(device.catalog.set(Arc::clone(&root.catalog)).is_ok());
+        assert_eq!(root.ask("s").await.unwrap(), "s@1");
+        root.activate("s", "2");
+        assert_eq!(root.catalog.refresh("s").await.unwrap().version, "2");
+        let uploads = device.uploads.lock().unwrap();
+        let expected = [("s@1", None), ("s@2", Some("s@1"))];
+        assert_eq!(
+            *uploads,
+            expected.map(|(id, served)| (id.to_owned(), served.map(str::to_owned)))
+        );
     }
 
     #[tokio::test]

@@ -2,22 +2,27 @@
 //! starts without it.
 //!
 //! Honesty: an execution provider that was asked for must be registered or the session is not
-//! made, and on a GPU no node may fall back to the CPU. What the session reports is therefore what
-//! executes.
+//! made, and which provider executes each node is read from the session ([`assignment`]): on a GPU
+//! none that computes may be the CPU's. What the session reports is therefore what executes.
 
+mod assignment;
+mod bound;
 mod fused;
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use ndarray::{Array2, ArrayView4, s};
 use ort::environment::Environment;
 use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::TensorRef;
+use serde::{Deserialize, Serialize};
 
+use self::assignment::Assignment;
+pub use self::fused::Memory;
 use super::pieces::Pieces;
-use super::{Against, Backend, EmbedError, Embedder, Scores};
+use super::{Against, Backend, ClassMemory, EmbedError, Embedder, Scores};
 use crate::model::{Model, PIXELS_INPUT};
 
 /// Which part of ONNX Runtime executes.
@@ -29,6 +34,50 @@ pub enum Provider {
     Cuda(i32),
     /// TensorRT on the GPU of this number, CUDA for what it does not take.
     TensorRt(i32),
+}
+
+impl Provider {
+    /// The GPU's number.
+    fn gpu(self) -> Option<i32> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(device) | Self::TensorRt(device) => Some(device),
+        }
+    }
+
+    /// As ONNX Runtime calls it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "CPUExecutionProvider",
+            Self::Cuda(_) => "CUDAExecutionProvider",
+            Self::TensorRt(_) => "TensorrtExecutionProvider",
+        }
+    }
+}
+
+/// How CUDA computes. By default exact, with the fastest kernels that are found.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CudaOptions {
+    /// Whether products may be rounded to TF32's 10 bits of mantissa.
+    pub tf32: bool,
+    /// How cuDNN's kernels for convolutions are chosen.
+    pub search: ConvSearch,
+    /// Whether convolutions work on [N, H, W, C], which tensor cores prefer.
+    pub nhwc: bool,
+}
+
+/// How cuDNN's kernels for convolutions are chosen: `embedder.cudnn_search`. It happens while the
+/// model is warmed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConvSearch {
+    /// All are tried on each shape.
+    #[default]
+    Exhaustive,
+    /// cuDNN estimates which is fastest.
+    Heuristic,
+    /// Always the one that needs least memory.
+    Default,
 }
 
 /// How large a session is.
@@ -48,12 +97,12 @@ fn images_a_call(threads: usize) -> usize {
 }
 
 /// The graph that scores as well ([`Model::fused_graph`]).
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone)]
 pub struct Fused<'a> {
     /// ONNX.
     pub graph: &'a [u8],
-    /// Memory for class vectors that a session may keep, in bytes.
-    pub bytes: usize,
+    /// Where class vectors are kept, on the same device.
+    pub memory: Memory,
 }
 
 /// ONNX Runtime, loaded. The library is loaded once a process and stays: it cannot be unloaded.
@@ -123,19 +172,28 @@ impl Runtime {
     /// without.
     ///
     /// # Errors
-    /// What is missing: a library, the driver, a device.
+    /// What is missing: a library, the driver, a device; or what the CPU would execute in its place.
     pub fn session(
         &self,
         model: &Model,
         provider: Provider,
         size: Size,
+        cuda: CudaOptions,
         fused: Option<Fused<'_>>,
     ) -> Result<OnnxRuntimeEmbedder, String> {
         if provider != Provider::Cpu {
             preload_cuda(&self.library);
         }
-        let graph = fused.map_or(model.graph.as_slice(), |fused| fused.graph);
-        let session = build(self.environment, graph, provider, size.threads)?;
+        let graph = fused.as_ref().map_or(model.graph.as_slice(), |fused| fused.graph);
+        let session = build(self.environment, graph, provider, size.threads, cuda)?;
+        let assignment = Assignment::of(&session)?;
+        match provider {
+            // TensorRT leaves to CUDA what it does not take, which may be all of a small model.
+            Provider::TensorRt(device) => assignment
+                .check(provider.name())
+                .or_else(|_| assignment.check(Provider::Cuda(device).name()))?,
+            _ => assignment.check(provider.name())?,
+        }
         let backend = match provider {
             Provider::Cpu => Backend::OnnxRuntimeCpu,
             Provider::Cuda(_) => Backend::OnnxRuntimeCuda,
@@ -147,16 +205,15 @@ impl Runtime {
             (None, Provider::Cpu) => Pieces::UpTo(max_batch.min(images_a_call(size.threads))),
             (None, _) => Pieces::Padded(max_batch),
         };
-        let scoring = fused
-            .map(|fused| fused::Scoring::new(provider, model.dim, fused.bytes))
-            .transpose()
-            .map_err(|e| e.to_string())?;
+        let scoring = fused.map(|fused| fused::Scoring::new(fused.memory));
+        let scoring = scoring.transpose().map_err(|e| e.to_string())?;
         Ok(OnnxRuntimeEmbedder {
             session,
             backend,
             pieces,
             dim: model.dim,
             output: model.output.clone(),
+            assignment,
             scoring,
         })
     }
@@ -187,10 +244,12 @@ fn build(
     graph: &[u8],
     provider: Provider,
     threads: usize,
+    options: CudaOptions,
 ) -> Result<Session, String> {
     let text = |e: ort::Error<SessionBuilder>| e.to_string();
     let builder = Session::builder(environment).map_err(|e| e.to_string())?;
     let builder = builder.with_optimization_level(GraphOptimizationLevel::All).map_err(text)?;
+    let builder = builder.with_config_entry(assignment::RECORD, "1").map_err(text)?;
     let mut builder = match provider {
         Provider::Cpu => builder
             .with_intra_threads(threads)
@@ -198,26 +257,34 @@ fn build(
             // Threads that spin while they wait take the cores that decode the next images.
             .with_intra_op_spinning(false)
             .map_err(text)?,
-        Provider::Cuda(device) => builder
-            .with_execution_providers([cuda(device)])
-            .map_err(text)?
-            .with_disable_cpu_fallback()
-            .map_err(text)?,
+        Provider::Cuda(device) => {
+            builder.with_execution_providers([cuda(device, options)]).map_err(text)?
+        }
         Provider::TensorRt(device) => builder
             .with_execution_providers([
                 ort::ep::TensorRT::default().with_device_id(device).build().error_on_failure(),
-                cuda(device),
+                cuda(device, options),
             ])
-            .map_err(text)?
-            .with_disable_cpu_fallback()
             .map_err(text)?,
     };
     builder.commit_from_memory(graph).map_err(|e| e.to_string())
 }
 
-/// TF32 rounds products to 10 bits of mantissa; ONNX Runtime's own default is on, so it is stated.
-fn cuda(device: i32) -> ort::ep::ExecutionProviderDispatch {
-    ort::ep::CUDA::default().with_device_id(device).with_tf32(false).build().error_on_failure()
+/// Every option is stated: ONNX Runtime's own default for TF32 is on.
+fn cuda(device: i32, options: CudaOptions) -> ort::ep::ExecutionProviderDispatch {
+    use ort::ep::cuda::ConvAlgorithmSearch;
+    let search = match options.search {
+        ConvSearch::Exhaustive => ConvAlgorithmSearch::Exhaustive,
+        ConvSearch::Heuristic => ConvAlgorithmSearch::Heuristic,
+        ConvSearch::Default => ConvAlgorithmSearch::Default,
+    };
+    ort::ep::CUDA::default()
+        .with_device_id(device)
+        .with_tf32(options.tf32)
+        .with_conv_algorithm_search(search)
+        .with_prefer_nhwc(options.nhwc)
+        .build()
+        .error_on_failure()
 }
 
 /// The places where ONNX Runtime is looked for when nobody says where it is, best first: a `lib`
@@ -289,8 +356,16 @@ pub struct OnnxRuntimeEmbedder {
     pieces: Pieces,
     dim: usize,
     output: String,
+    assignment: Assignment,
     /// What a session of the fused graph needs beside pixels.
     scoring: Option<fused::Scoring>,
+}
+
+impl OnnxRuntimeEmbedder {
+    /// How many nodes which provider executes, for people.
+    pub fn executed(&self) -> String {
+        self.assignment.to_string()
+    }
 }
 
 impl Embedder for OnnxRuntimeEmbedder {
@@ -327,6 +402,10 @@ impl Embedder for OnnxRuntimeEmbedder {
         let Self { session, scoring, pieces, .. } = self;
         scoring.as_mut()?.classify(session, pixels, *pieces, against)
     }
+
+    fn class_memory(&self) -> Option<Arc<dyn ClassMemory>> {
+        self.scoring.as_ref().map(|scoring| Arc::new(scoring.memory()) as Arc<dyn ClassMemory>)
+    }
 }
 
 fn run(
@@ -344,11 +423,60 @@ fn run(
 
 /// What a failed call means for the next one.
 fn failed(error: ort::Error) -> EmbedError {
-    let message = error.to_string();
-    // A CUDA error is sticky: every later call of the process fails with it.
-    if message.contains("CUDA failure") || message.contains("CUDNN failure") {
+    meaning(error.to_string())
+}
+
+/// What ONNX Runtime, CUDA, cuBLAS and cuDNN say when memory is short.
+const OUT_OF_MEMORY: [&str; 5] = [
+    "out of memory",
+    "Failed to allocate memory",
+    "is smaller than requested bytes", // of the arena
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+];
+
+/// A CUDA error is sticky: every later call of the process on that device fails with it.
+const STICKY: [&str; 4] = ["CUDA failure", "CUDNN failure", "CUBLAS failure", "CUDNN_FE failure"];
+
+fn meaning(message: String) -> EmbedError {
+    let says = |words: &[&str]| words.iter().any(|word| message.contains(word));
+    // First: memory that is short is reported as a CUDA failure, too, and does not stick.
+    if says(&OUT_OF_MEMORY) {
+        EmbedError::OutOfMemory(message)
+    } else if says(&STICKY) {
         EmbedError::Broken(message)
     } else {
         EmbedError::Batch(message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_is_short_is_no_broken_device() {
+        for message in [
+            "CUDA failure 2: out of memory ; GPU=0 ; hostname=a ; file=cuda_allocator.cc ; line=50 \
+             ; expr=cudaMalloc((void**)&p, size);",
+            "Non-zero status code returned while running Conv node. Name:'/0/Conv' Status Message: \
+             bfc_arena.cc:376 void* BFCArena::AllocateRawInternal(size_t) Failed to allocate memory \
+             for requested buffer of size 3288334336",
+            "Available memory of 1024 is smaller than requested bytes of 4096",
+            "CUDNN failure 4: CUDNN_STATUS_ALLOC_FAILED ; GPU=0",
+            "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
+        ] {
+            let meant = meaning(message.to_owned());
+            assert!(matches!(meant, EmbedError::OutOfMemory(_)), "{meant:?}");
+        }
+        for message in [
+            "CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; hostname=a",
+            "CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED ; GPU=0",
+        ] {
+            let meant = meaning(message.to_owned());
+            assert!(matches!(meant, EmbedError::Broken(_)), "{meant:?}");
+        }
+        let other = "Non-zero status code returned while running Reshape node.".to_owned();
+        assert!(matches!(meaning(other), EmbedError::Batch(_)));
     }
 }

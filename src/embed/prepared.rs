@@ -5,7 +5,7 @@
 //! by jobs that pin one, neither pushes the other out: what does not fit is not prepared, unless
 //! others have not been asked for lately.
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::classes::ClassVectors;
 
@@ -13,8 +13,13 @@ use crate::classes::ClassVectors;
 /// and less on a GPU: longer than versions alternate in a swap, and a copy is soon made again.
 const STALE: u64 = 64;
 
-/// Copies of versions, of any kind.
+/// Copies of versions, of any kind that is cheap to clone. A copy is made outside of the lock:
+/// while a large version travels, batches of others go on.
 pub(super) struct Prepared<T> {
+    state: Mutex<State<T>>,
+}
+
+struct State<T> {
     /// In bytes.
     budget: usize,
     looks: u64,
@@ -26,63 +31,103 @@ struct Entry<T> {
     version: Weak<ClassVectors>,
     bytes: usize,
     last: u64,
-    /// None: this version cannot be prepared, which has been said.
-    copy: Option<T>,
+    copy: Kept<T>,
 }
 
-impl<T> Prepared<T> {
+enum Kept<T> {
+    /// Somebody makes it.
+    Coming,
+    Made(T),
+    /// This version cannot be prepared, which has been said.
+    Refused,
+}
+
+impl<T: Clone> Prepared<T> {
     pub fn new(budget: usize) -> Self {
-        Self { budget, looks: 0, entries: Vec::new() }
+        Self { state: Mutex::new(State { budget, looks: 0, entries: Vec::new() }) }
     }
 
     /// The copy of a version, which takes `bytes`; made now if there is none. None if it cannot be
-    /// made, or does not fit. Why not is logged once a version.
+    /// made, does not fit, or is being made by another thread. Why not is logged once a version.
     pub fn get(
-        &mut self,
+        &self,
         classes: &Arc<ClassVectors>,
         bytes: usize,
         make: impl FnOnce() -> Result<T, String>,
-    ) -> Option<&T> {
-        self.looks += 1;
-        self.entries.retain(|entry| entry.version.strong_count() > 0);
-        let known = |entry: &Entry<T>| std::ptr::eq(entry.version.as_ptr(), Arc::as_ptr(classes));
-        let at = match self.entries.iter().position(known) {
-            Some(at) => at,
-            None => self.insert(classes, bytes, make)?,
+    ) -> Option<T> {
+        let refusal = {
+            let mut state = self.lock();
+            if let Some(entry) = state.find(classes) {
+                return match &entry.copy {
+                    Kept::Made(copy) => Some(copy.clone()),
+                    Kept::Coming | Kept::Refused => None,
+                };
+            }
+            let budget = state.budget;
+            let fits = bytes <= budget;
+            if fits {
+                state.make_room(bytes)?;
+            }
+            state.insert(classes, if fits { bytes } else { 0 });
+            (!fits).then(|| format!("{bytes} bytes are more than embedder.graph_bytes = {budget}"))
         };
-        self.entries[at].last = self.looks;
-        self.entries[at].copy.as_ref()
+        let made = match refusal {
+            Some(reason) => Err(reason),
+            None => make(),
+        };
+        let mut state = self.lock();
+        // It may be gone by now, with its version.
+        let entry = state.entries.iter_mut().find(|entry| entry.is_of(classes));
+        match made {
+            Ok(copy) => {
+                if let Some(entry) = entry {
+                    entry.copy = Kept::Made(copy.clone());
+                }
+                Some(copy)
+            }
+            Err(reason) => {
+                tracing::warn!(classes = classes.id(), "scored on the host: {reason}");
+                if let Some(entry) = entry {
+                    (entry.bytes, entry.copy) = (0, Kept::Refused);
+                }
+                None
+            }
+        }
     }
 
-    /// Where the new entry stands, if there is room for it.
-    fn insert(
-        &mut self,
-        classes: &Arc<ClassVectors>,
-        bytes: usize,
-        make: impl FnOnce() -> Result<T, String>,
-    ) -> Option<usize> {
-        let copy = if bytes > self.budget {
-            Err(format!("{bytes} bytes are more than embedder.graph_bytes = {}", self.budget))
-        } else {
-            self.make_room(bytes)?;
-            make()
-        };
-        if let Err(reason) = &copy {
-            tracing::warn!(classes = classes.id(), "scored on the host: {reason}");
-        }
-        self.entries.push(Entry {
-            version: Arc::downgrade(classes),
-            bytes: if copy.is_ok() { bytes } else { 0 },
-            last: self.looks,
-            copy: copy.ok(),
-        });
-        Some(self.entries.len() - 1)
+    /// Nothing that leaves it in between can panic.
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T> Entry<T> {
+    fn is_of(&self, classes: &Arc<ClassVectors>) -> bool {
+        std::ptr::eq(self.version.as_ptr(), Arc::as_ptr(classes))
+    }
+}
+
+impl<T> State<T> {
+    /// Looks for a version, and notes that it was asked for.
+    fn find(&mut self, classes: &Arc<ClassVectors>) -> Option<&Entry<T>> {
+        self.looks += 1;
+        let looks = self.looks;
+        self.entries.retain(|entry| entry.version.strong_count() > 0);
+        let entry = self.entries.iter_mut().find(|entry| entry.is_of(classes))?;
+        entry.last = looks;
+        Some(entry)
+    }
+
+    fn insert(&mut self, classes: &Arc<ClassVectors>, bytes: usize) {
+        let (version, last) = (Arc::downgrade(classes), self.looks);
+        self.entries.push(Entry { version, bytes, last, copy: Kept::Coming });
     }
 
     /// Drops copies that nobody asked for lately, the oldest first, if that makes enough room.
     fn make_room(&mut self, bytes: usize) -> Option<()> {
         let looks = self.looks;
-        let stale = |entry: &Entry<T>| entry.copy.is_some() && looks - entry.last >= STALE;
+        let stale =
+            |entry: &Entry<T>| matches!(entry.copy, Kept::Made(_)) && looks - entry.last >= STALE;
         let sum = |entries: &[Entry<T>], count: &dyn Fn(&Entry<T>) -> bool| -> usize {
             entries.iter().filter(|entry| count(entry)).map(|entry| entry.bytes).sum()
         };
@@ -111,75 +156,83 @@ mod tests {
     }
 
     /// Looks a version up; yields its copy and whether it was made now.
-    fn look(
-        prepared: &mut Prepared<u32>,
-        classes: &Arc<ClassVectors>,
-        bytes: usize,
-    ) -> Option<bool> {
+    fn look(prepared: &Prepared<u32>, classes: &Arc<ClassVectors>, bytes: usize) -> Option<bool> {
         let mut made = false;
         let copy = prepared.get(classes, bytes, || {
             made = true;
             Ok(7)
         });
         copy.map(|copy| {
-            assert_eq!(*copy, 7);
+            assert_eq!(copy, 7);
             made
         })
     }
 
     #[test]
     fn a_copy_is_made_once_and_goes_with_its_version() {
-        let mut prepared = Prepared::new(100);
+        let prepared = Prepared::new(100);
         let (a, b) = (version("a"), version("b"));
-        assert_eq!(look(&mut prepared, &a, 60), Some(true));
-        assert_eq!(look(&mut prepared, &a, 60), Some(false));
+        assert_eq!(look(&prepared, &a, 60), Some(true));
+        assert_eq!(look(&prepared, &a, 60), Some(false));
         // The same contents under another pointer are another version.
-        assert_eq!(look(&mut prepared, &b, 60), None, "both do not fit");
+        assert_eq!(look(&prepared, &b, 60), None, "both do not fit");
         drop(a);
-        assert_eq!(look(&mut prepared, &b, 60), Some(true));
-        assert_eq!(prepared.entries.len(), 1);
+        assert_eq!(look(&prepared, &b, 60), Some(true));
+        assert_eq!(prepared.lock().entries.len(), 1);
     }
 
     #[test]
     fn versions_that_are_served_in_turn_do_not_push_each_other_out() {
-        let mut prepared = Prepared::new(100);
+        let prepared = Prepared::new(100);
         let (a, b) = (version("a"), version("b"));
-        assert_eq!(look(&mut prepared, &a, 60), Some(true));
+        assert_eq!(look(&prepared, &a, 60), Some(true));
         for _ in 0..3 * STALE {
-            assert_eq!(look(&mut prepared, &b, 60), None);
-            assert_eq!(look(&mut prepared, &a, 60), Some(false));
+            assert_eq!(look(&prepared, &b, 60), None);
+            assert_eq!(look(&prepared, &a, 60), Some(false));
         }
         // Nobody asks for the first any more.
-        let waited = (0..).find(|_| look(&mut prepared, &b, 60).is_some());
+        let waited = (0..).find(|_| look(&prepared, &b, 60).is_some());
         assert_eq!(waited, Some(STALE - 1));
-        assert_eq!(look(&mut prepared, &a, 60), None);
+        assert_eq!(look(&prepared, &a, 60), None);
     }
 
     #[test]
     fn only_as_many_go_as_must_the_oldest_first() {
-        let mut prepared = Prepared::new(100);
+        let prepared = Prepared::new(100);
         let [a, b, c, fresh] = ["a", "b", "c", "fresh"].map(version);
         for classes in [&a, &b, &c] {
-            assert_eq!(look(&mut prepared, classes, 30), Some(true));
+            assert_eq!(look(&prepared, classes, 30), Some(true));
         }
-        while prepared.looks < 3 + STALE {
-            look(&mut prepared, &fresh, 5);
+        while prepared.lock().looks < 3 + STALE {
+            look(&prepared, &fresh, 5);
         }
-        assert_eq!(look(&mut prepared, &version("d"), 20), Some(true));
+        assert_eq!(look(&prepared, &version("d"), 20), Some(true));
         let left: Vec<usize> = [&a, &b, &c]
-            .map(|c| prepared.entries.iter().filter(|e| e.version.as_ptr() == Arc::as_ptr(c)))
-            .map(Iterator::count)
+            .map(|c| prepared.lock().entries.iter().filter(|e| e.is_of(c)).count())
             .to_vec();
         assert_eq!(left, [0, 1, 1]);
     }
 
     #[test]
     fn what_cannot_be_prepared_is_not_tried_again() {
-        let mut prepared = Prepared::<u32>::new(100);
+        let prepared = Prepared::<u32>::new(100);
         let (large, refused, other) = (version("large"), version("refused"), version("other"));
         assert!(prepared.get(&large, 101, || panic!("it does not fit")).is_none());
         assert!(prepared.get(&refused, 50, || Err("no memory on the device".into())).is_none());
         assert!(prepared.get(&refused, 50, || panic!("it was refused")).is_none());
-        assert_eq!(look(&mut prepared, &other, 100), Some(true), "neither takes memory");
+        assert_eq!(look(&prepared, &other, 100), Some(true), "neither takes memory");
+    }
+    #[test]
+    fn nobody_waits_for_a_copy_that_another_thread_makes() {
+        let prepared = Prepared::new(100);
+        let (large, other) = (version("large"), version("other"));
+        let copy = prepared.get(&large, 60, || {
+            assert_eq!(look(&prepared, &large, 60), None, "it is on its way");
+            assert_eq!(look(&prepared, &other, 30), Some(true), "others come and go meanwhile");
+            assert_eq!(look(&prepared, &version("third"), 30), None, "its room is taken");
+            Ok(7)
+        });
+        assert_eq!(copy, Some(7));
+        assert_eq!(look(&prepared, &large, 60), Some(false));
     }
 }

@@ -4,12 +4,14 @@
 //! engine is idle, the oldest image waits at most `linger` for company.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::executor::Work;
 use super::frames::{Frames, Part};
 use super::{Batch, EngineStats, Image, Item};
 
@@ -61,11 +63,11 @@ impl BatchPolicy {
 
 pub(super) struct Batcher {
     pub policy: BatchPolicy,
-    /// Embedders that take batches.
-    pub lanes: usize,
+    /// Embedders that take batches; fewer when one breaks.
+    pub lanes: Arc<AtomicUsize>,
     pub items: mpsc::Receiver<Item>,
     pub frames: Arc<Frames>,
-    pub batches: mpsc::Sender<Batch>,
+    pub batches: mpsc::Sender<Work>,
     /// Batches that were handed over and are not finished.
     pub in_flight: watch::Sender<usize>,
     pub in_flight_seen: watch::Receiver<usize>,
@@ -86,7 +88,7 @@ impl Batcher {
     pub async fn run(mut self) {
         let mut batch = Growing::default();
         loop {
-            let idle = *self.in_flight_seen.borrow_and_update() < self.lanes;
+            let idle = *self.in_flight_seen.borrow_and_update() < self.lanes.load(Ordering::SeqCst);
             let draining = *self.draining.borrow_and_update();
             let images = batch.written.len();
             let forming = Forming { images, waited: batch.oldest.elapsed(), idle, draining };
@@ -96,7 +98,7 @@ impl Batcher {
                 self.stats.closed(reason, closed.len());
                 tracing::trace!(images = closed.len(), ?reason, "batch closed");
                 self.in_flight.send_modify(|count| *count += 1);
-                if self.batches.send(closed).await.is_err() {
+                if self.batches.send(Work::Batch(closed)).await.is_err() {
                     return; // No thread is left; their senders' drop answers what waits.
                 }
                 continue;

@@ -1,29 +1,50 @@
 //! The thread that owns an embedder: takes a batch, embeds it, scores it, answers.
 //!
 //! One bad image hurts only itself: a batch that fails, or panics, is halved until the guilty
-//! image is alone, and only that one is answered with an error.
+//! image is alone, and only that one is answered with an error. A device that has no memory for a
+//! batch gets smaller ones from then on. One that is broken for good is taken out, and what it did
+//! not finish is done by others, if there are any and that is wanted ([`OnFailure`]).
 
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use ndarray::{Array2, ArrayView4, Axis};
 use tokio::sync::{mpsc, watch};
 
-use super::{Batch, EngineStats, Image, Scored, SubmitError, Want, scoring};
+use super::{Batch, EngineStats, Image, OnFailure, Scored, SubmitError, Want, scoring};
 use crate::classes::ClassVectors;
 use crate::embed::{EmbedError, Embedder, Scores};
 use crate::error::{ImageError, ImageErrorCode};
 use crate::score::{ClassScore, Scorer, normalise};
 use crate::watchdog::Step;
 
+/// What a thread is given.
+pub(super) enum Work {
+    Batch(Batch),
+    /// What another thread gave up.
+    Left(Left),
+}
+
+/// Images that a broken back end did not finish.
+pub(super) struct Left {
+    images: Vec<Image>,
+    /// u8 RGB, [N, H, W, 3], of these N images.
+    pixels: Vec<u8>,
+}
+
 /// What the threads share.
 #[derive(Clone)]
 pub(super) struct Shared {
     /// The thread that waits holds the lock; the others queue behind it.
-    pub batches: Arc<Mutex<mpsc::Receiver<Batch>>>,
+    pub work: Arc<Mutex<mpsc::Receiver<Work>>>,
+    /// For what a broken back end leaves. Weak, so that the threads end with the batcher.
+    pub others: mpsc::WeakSender<Work>,
+    /// Embedders that go on.
+    pub lanes: Arc<AtomicUsize>,
+    pub on_failure: OnFailure,
     pub in_flight: watch::Sender<usize>,
     pub broken: Arc<watch::Sender<Option<String>>>,
     pub stats: Arc<EngineStats>,
@@ -42,7 +63,9 @@ pub(super) fn spawn(
     let thread = std::thread::Builder::new()
         .name(format!("angler-embed-{lane}"))
         .spawn(move || {
-            let mut executor = Executor { embedder, size, scoring_failed: false, shared };
+            let scoring_failed = false;
+            let mut executor =
+                Executor { lane, embedder, size, limit: usize::MAX, scoring_failed, shared };
             let result = executor.warm();
             let ready = result.is_ok();
             // Nobody waits any more only if the start was given up.
@@ -56,11 +79,20 @@ pub(super) fn spawn(
 }
 
 struct Executor {
+    lane: usize,
     embedder: Box<dyn Embedder>,
     size: (u32, u32),
+    /// The most images at once, since the device had no memory for more.
+    limit: usize,
     /// Whether it has been said that the back end could not score a batch.
     scoring_failed: bool,
     shared: Shared,
+}
+
+/// Why a back end is broken for good, and what it did not finish.
+struct Gone {
+    reason: String,
+    left: Left,
 }
 
 /// How far the back end brought a batch.
@@ -77,8 +109,15 @@ impl Executor {
         let frame = self.size.0 as usize * self.size.1 as usize * 3;
         for images in self.embedder.shapes() {
             let black = vec![0; images * frame];
-            self.embed(&black, images)
-                .map_err(|e| format!("the model fails on {images} black image(s): {e}"))?;
+            match self.embed(&black, images) {
+                Ok(_) => {}
+                // Smaller ones ran; larger ones need not be tried.
+                Err(EmbedError::OutOfMemory(reason)) if images > 1 => {
+                    self.lower_limit(images, &reason);
+                    break;
+                }
+                Err(e) => return Err(format!("the model fails on {images} black image(s): {e}")),
+            }
         }
         Ok(())
     }
@@ -86,29 +125,67 @@ impl Executor {
     fn run(mut self) {
         loop {
             let next = {
-                let mut batches =
-                    self.shared.batches.lock().unwrap_or_else(PoisonError::into_inner);
-                batches.blocking_recv()
+                let mut work = self.shared.work.lock().unwrap_or_else(PoisonError::into_inner);
+                work.blocking_recv()
             };
-            let Some(batch) = next else { return };
-            let Batch { images, joined, frames } = batch;
-            let outcome = self.batch(images, &joined.pixels);
-            frames.recycle(joined);
-            self.shared.in_flight.send_modify(|count| *count = count.saturating_sub(1));
-            if outcome.is_break() {
-                return;
+            let outcome = match next {
+                Some(Work::Batch(Batch { images, joined, frames })) => {
+                    let outcome = self.batch(images, &joined.pixels);
+                    frames.recycle(joined);
+                    outcome
+                }
+                Some(Work::Left(Left { images, pixels })) => self.batch(images, &pixels),
+                None => return,
+            };
+            if let ControlFlow::Break(Gone { reason, left }) = outcome {
+                return self.leave(reason, left);
             }
+            self.shared.in_flight.send_modify(|count| *count = count.saturating_sub(1));
         }
     }
 
-    /// Embeds, scores and answers; breaks off if the back end is broken for good. Images that are
+    /// Ends this thread: others take what it leaves, or the engine is broken. Images that are
     /// dropped unanswered are seen as [`SubmitError::Gone`].
+    fn leave(self, reason: String, left: Left) {
+        let Self { lane, shared, .. } = self;
+        let others = shared.lanes.fetch_sub(1, Ordering::SeqCst) - 1;
+        if others == 0 || shared.on_failure == OnFailure::Exit {
+            // Said before the images are given up: a worker whose last jobs end by that must
+            // not take it for a drain that went well.
+            shared.broken.send_replace(Some(reason));
+            if others == 0 {
+                // Nobody may wait to hand anything over.
+                shared.work.lock().unwrap_or_else(PoisonError::into_inner).close();
+            }
+            shared.in_flight.send_modify(|count| *count = count.saturating_sub(1));
+            return;
+        }
+        tracing::error!(
+            session = lane,
+            "a back end is broken for good and is taken out, {others} go on: {reason}"
+        );
+        // The batcher looks anew at how many there are.
+        shared.in_flight.send_modify(|_| {});
+        if let Some(sender) = shared.others.upgrade() {
+            // If it fails, the others broke, too, which they have said.
+            let _ = sender.blocking_send(Work::Left(left));
+        }
+    }
+
+    /// Embeds, scores and answers; breaks off, with the images that were not answered, if the back
+    /// end is broken for good.
     ///
     /// * `pixels`: u8 RGB, [N, H, W, 3], of these N images.
-    fn batch(&mut self, images: Vec<Image>, pixels: &[u8]) -> ControlFlow<()> {
+    fn batch(&mut self, images: Vec<Image>, pixels: &[u8]) -> ControlFlow<Gone> {
+        let count = images.len();
+        if count > self.limit {
+            // About half, in whole batches of the limit.
+            let first = (count / 2).div_ceil(self.limit) * self.limit;
+            return self.parts(images, pixels, first);
+        }
         let ran = match self.classify(&images, pixels) {
             Some(scores) => scores.map(Ran::Scored),
-            None => self.embed(pixels, images.len()).map(Ran::Embedded),
+            None => self.embed(pixels, count).map(Ran::Embedded),
         };
         match ran {
             Ok(Ran::Scored(scores)) => {
@@ -119,24 +196,37 @@ impl Executor {
                 answer(images, embeddings, &self.shared.scorer);
                 ControlFlow::Continue(())
             }
-            Err(EmbedError::Broken(reason)) => {
-                // Said before the images are given up: a worker whose last jobs end by that must
-                // not take it for a drain that went well.
-                self.shared.broken.send_replace(Some(reason));
-                ControlFlow::Break(())
+            Err(EmbedError::OutOfMemory(reason)) if count > 1 => {
+                self.lower_limit(count, &reason);
+                self.batch(images, pixels)
+            }
+            // Not for this image's sake: it has no memory for any.
+            Err(EmbedError::Broken(reason) | EmbedError::OutOfMemory(reason)) => {
+                let left = Left { images, pixels: pixels.to_vec() };
+                ControlFlow::Break(Gone { reason, left })
             }
             Err(EmbedError::Batch(reason)) => self.bisect(images, pixels, &reason),
         }
     }
 
-    fn bisect(&mut self, mut images: Vec<Image>, pixels: &[u8], reason: &str) -> ControlFlow<()> {
+    /// From now on batches are smaller than one of so many images, for which there was no memory.
+    fn lower_limit(&mut self, images: usize, reason: &str) {
+        // Back ends fill batches up to powers of two, so no other size takes less.
+        let limit = 1 << (images.max(2) / 2).ilog2();
+        if limit < self.limit {
+            self.limit = limit;
+            tracing::warn!(
+                session = self.lane,
+                "no memory for {images} images at once, from now on at most {limit}: {reason}"
+            );
+        }
+    }
+
+    fn bisect(&mut self, images: Vec<Image>, pixels: &[u8], reason: &str) -> ControlFlow<Gone> {
         if images.len() > 1 {
             tracing::debug!(images = images.len(), reason, "a batch failed and is halved");
             let half = images.len() / 2;
-            let (first, second) = pixels.split_at(pixels.len() / images.len() * half);
-            let rest = images.split_off(half);
-            self.batch(images, first)?;
-            return self.batch(rest, second);
+            return self.parts(images, pixels, half);
         }
         for image in images {
             let message = format!("the model failed on this image: {reason}");
@@ -145,6 +235,20 @@ impl Executor {
             let _ = image.reply.send(Err(SubmitError::Image(error)));
         }
         ControlFlow::Continue(())
+    }
+
+    /// The first so many, then the rest.
+    fn parts(&mut self, mut images: Vec<Image>, pixels: &[u8], at: usize) -> ControlFlow<Gone> {
+        let (first, second) = pixels.split_at(pixels.len() / images.len() * at);
+        let rest = images.split_off(at);
+        match self.batch(images, first) {
+            ControlFlow::Continue(()) => self.batch(rest, second),
+            ControlFlow::Break(Gone { reason, mut left }) => {
+                left.images.extend(rest);
+                left.pixels.extend_from_slice(second);
+                ControlFlow::Break(Gone { reason, left })
+            }
+        }
     }
 
     /// Lets the back end score the batch, if it can and all want the same. None: the batch is to
@@ -159,8 +263,12 @@ impl Executor {
                 self.shared.stats.in_graph.fetch_add(1, Ordering::Relaxed);
                 Some(Ok(scores))
             }
+            // A smaller one may be scored.
+            Err(EmbedError::OutOfMemory(reason)) if images.len() > 1 => {
+                Some(Err(EmbedError::OutOfMemory(reason)))
+            }
             Err(EmbedError::Broken(reason)) => Some(Err(EmbedError::Broken(reason))),
-            Err(EmbedError::Batch(reason)) => {
+            Err(EmbedError::Batch(reason) | EmbedError::OutOfMemory(reason)) => {
                 if !std::mem::replace(&mut self.scoring_failed, true) {
                     tracing::warn!("a batch could not be scored in the graph: {reason}");
                 }

@@ -58,6 +58,8 @@ fn where_scoring_is_done_is_said_and_follows_the_setting() {
     ] {
         let mut opened = opened(&model, choice, scoring, PLENTY);
         assert!(opened.reason.contains(words), "{}", opened.reason);
+        let executed = opened.reason.contains(" nodes on CPUExecutionProvider, ");
+        assert_eq!(executed, choice == BackendChoice::Onnxruntime, "{}", opened.reason);
         assert_eq!(!refuses(opened.embedders[0].as_mut(), &classes, 1), in_graph, "{words}");
     }
 }

@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use angler::classes::vectors::{Precision, Vectors};
 use angler::classes::{ClassVectors, Contents};
+use angler::embed::onnxruntime::CudaOptions;
 use angler::embed::{self, Against, BackendChoice, Embedder, Scores, Scoring};
 use angler::model::Model;
 use angler::score::{ClassScore, normalise};
@@ -54,6 +55,7 @@ fn opened(
         allow_fallback: false,
         scoring,
         graph_bytes,
+        cuda: CudaOptions::default(),
         onnxruntime_library: Some(PathBuf::from(var("ANGLER_TEST_ONNXRUNTIME"))),
     };
     embed::open(model, &options).unwrap()

@@ -3,27 +3,33 @@
 //! One session serves embedding and scoring. ONNX Runtime executes every node whichever outputs
 //! are asked for, so a run that only embeds is given a class set of one row, which costs nothing.
 //!
-//! The class vectors of a version are an owned tensor, made once: on a GPU in the device's memory,
-//! where a run takes them as they lie. (Binding or copying a tensor that borrows its data hangs
-//! for ever in this release of `ort`, so no borrowed one is ever bound or copied.)
+//! The class vectors of a version are an owned tensor, made once for all sessions of a device: on a
+//! GPU in its memory, where a run takes them as they lie. [`Memory`] makes it, from any thread, so
+//! a version that will be served travels beside the batches of the one that is.
+
+use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView4};
 use ort::memory::AllocationDevice;
-use ort::session::{HasSelectedOutputs, OutputSelector, RunOptions, Session, SessionOutputs};
-use ort::value::{Tensor, TensorRef};
+use ort::session::{Session, SessionOutputs};
+use ort::value::Tensor;
 
 use super::super::pieces::Pieces;
 use super::super::prepared::Prepared;
-use super::super::{Against, EmbedError, Scores, embeddings};
+use super::super::{Against, ClassMemory, EmbedError, Scores, embeddings};
+use super::bound::{Calls, Classes};
 use super::{Provider, failed};
 use crate::classes::ClassVectors;
 use crate::classes::matrix::{RowClasses, unit_rows};
-use crate::model::PIXELS_INPUT;
-use crate::model::fused::{CLASSES, COUNT, EMBEDDING, LENGTH, ROWS, SCORES};
+use crate::model::fused::{EMBEDDING, LENGTH, ROWS, SCORES};
 
 /// The most rows that a run lists for an image. Classes of several hundred vectors, or hundreds of
 /// classes wanted, would need more: then a list of all scores is nearer, and the host does better.
 const MOST_ROWS: usize = 4096;
+
+const ONLY_EMBEDDINGS: &[&str] = &[EMBEDDING];
+const ONLY_SCORES: &[&str] = &[LENGTH, SCORES, ROWS];
+const BOTH: &[&str] = &[LENGTH, SCORES, ROWS, EMBEDDING];
 
 /// A version on its device.
 struct Version {
@@ -32,49 +38,75 @@ struct Version {
     rows: RowClasses,
 }
 
-/// What a session of the fused graph needs.
-pub(super) struct Scoring {
+/// A device's memory for class vectors. Clones share it.
+#[derive(Clone)]
+pub struct Memory {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
     dim: usize,
     /// The GPU on which class vectors lie.
     gpu: Option<i32>,
+    versions: Prepared<Arc<Version>>,
+}
+
+impl Memory {
+    /// `bytes` bounds the class vectors that are kept.
+    pub fn new(provider: Provider, dim: usize, bytes: usize) -> Self {
+        let gpu = provider.gpu();
+        Self { inner: Arc::new(Inner { dim, gpu, versions: Prepared::new(bytes) }) }
+    }
+
+    /// The version on the device. None if it is for the host, or on its way.
+    fn version(&self, classes: &Arc<ClassVectors>) -> Option<Arc<Version>> {
+        let Inner { dim, gpu, versions } = self.inner.as_ref();
+        if classes.dim() != *dim {
+            return None;
+        }
+        let bytes = classes.row_classes().len() * (dim * size_of::<f32>() + size_of::<u32>());
+        versions.get(classes, bytes, || prepare(classes, *gpu).map(Arc::new))
+    }
+}
+
+impl ClassMemory for Memory {
+    fn upload(&self, classes: &Arc<ClassVectors>) {
+        self.version(classes);
+    }
+}
+
+/// What a session of the fused graph needs.
+pub(super) struct Scoring {
+    memory: Memory,
+    calls: Calls,
     /// [1, dim], what is scored against where only embeddings are wanted.
     nothing: Tensor<f32>,
-    only_embeddings: RunOptions<HasSelectedOutputs>,
-    only_scores: RunOptions<HasSelectedOutputs>,
-    both: RunOptions<HasSelectedOutputs>,
-    versions: Prepared<Version>,
 }
 
 impl Scoring {
-    /// `bytes` bounds the class vectors that are kept.
-    pub fn new(provider: Provider, dim: usize, bytes: usize) -> ort::Result<Self> {
-        let outputs = |names: &[&str]| {
-            let none = OutputSelector::no_default();
-            let selected = names.iter().fold(none, |selected, name| selected.with(*name));
-            Ok::<_, ort::Error>(RunOptions::new()?.with_outputs(selected))
+    pub fn new(memory: Memory) -> ort::Result<Self> {
+        let dim = memory.inner.dim;
+        let nothing = Tensor::from_array(([1, dim], vec![0.0; dim]))?;
+        let nothing = match memory.inner.gpu {
+            Some(device) => nothing.to(AllocationDevice::CUDA, device)?,
+            None => nothing,
         };
-        Ok(Self {
-            dim,
-            gpu: match provider {
-                Provider::Cpu => None,
-                Provider::Cuda(device) | Provider::TensorRt(device) => Some(device),
-            },
-            nothing: Tensor::from_array(([1, dim], vec![0.0; dim]))?,
-            only_embeddings: outputs(&[EMBEDDING])?,
-            only_scores: outputs(&[LENGTH, SCORES, ROWS])?,
-            both: outputs(&[LENGTH, SCORES, ROWS, EMBEDDING])?,
-            versions: Prepared::new(bytes),
-        })
+        Ok(Self { calls: Calls::new(memory.inner.gpu), memory, nothing })
+    }
+
+    pub fn memory(&self) -> Memory {
+        self.memory.clone()
     }
 
     /// f32 [N, dim], not normalised.
     pub fn embed(
-        &self,
+        &mut self,
         session: &mut Session,
         pixels: ArrayView4<'_, u8>,
     ) -> Result<Array2<f32>, EmbedError> {
-        let outputs = run(session, &self.only_embeddings, pixels, &self.nothing, 1)?;
-        embeddings(values(&outputs, EMBEDDING)?, pixels.dim().0, self.dim)
+        let classes = Classes { matrix: &self.nothing, count: 1 };
+        let outputs = self.calls.run(session, ONLY_EMBEDDINGS, pixels, classes)?;
+        embeddings(values(&outputs, EMBEDDING)?, pixels.dim().0, self.memory.inner.dim)
     }
 
     /// None if this version, or so many classes of it, is for the host.
@@ -85,14 +117,10 @@ impl Scoring {
         pieces: Pieces,
         against: &Against<'_>,
     ) -> Option<Result<Scores, EmbedError>> {
-        let Self { dim, gpu, only_scores, both, versions, .. } = self;
-        let (classes, dim) = (against.classes, *dim);
-        if classes.dim() != dim {
-            return None;
-        }
-        let count = classes.row_classes().len();
-        let bytes = count * (dim * size_of::<f32>() + size_of::<u32>());
-        let Version { matrix, rows } = versions.get(classes, bytes, || prepare(classes, *gpu))?;
+        let Self { memory, calls, .. } = self;
+        let dim = memory.inner.dim;
+        let version = memory.version(against.classes)?;
+        let Version { matrix, rows } = version.as_ref();
         let needed = rows.needed(against.top_k);
         if needed > MOST_ROWS {
             return None;
@@ -100,9 +128,10 @@ impl Scoring {
         let images = pixels.dim().0;
         let mut scores = Scores { top: Vec::with_capacity(images), embeddings: None };
         let mut embedded = Vec::new();
-        let options = if against.embeddings { both } else { only_scores };
+        let wanted = if against.embeddings { BOTH } else { ONLY_SCORES };
         let outcome = pieces.each(pixels, |pixels, count| {
-            let outputs = run(session, options, pixels, matrix, needed)?;
+            let classes = Classes { matrix, count: needed };
+            let outputs = calls.run(session, wanted, pixels, classes)?;
             let lists = Lists {
                 lengths: values(&outputs, LENGTH)?,
                 scores: values(&outputs, SCORES)?,
@@ -175,20 +204,6 @@ fn prepare(classes: &ClassVectors, gpu: Option<i32>) -> Result<Version, String> 
         None => matrix,
     };
     Ok(Version { matrix, rows })
-}
-
-fn run<'a>(
-    session: &'a mut Session,
-    options: &'a RunOptions<HasSelectedOutputs>,
-    pixels: ArrayView4<'_, u8>,
-    matrix: &Tensor<f32>,
-    count: usize,
-) -> Result<SessionOutputs<'a>, EmbedError> {
-    let pixels = TensorRef::from_array_view(pixels).map_err(failed)?;
-    let count = i64::try_from(count).unwrap_or(i64::MAX);
-    let count = Tensor::from_array(([1], vec![count])).map_err(failed)?;
-    let inputs = ort::inputs![PIXELS_INPUT => pixels, CLASSES => matrix, COUNT => count];
-    session.run_with_options(inputs, options).map_err(failed)
 }
 
 fn values<'a, T: ort::value::PrimitiveTensorElementType>(
