@@ -71,6 +71,15 @@ impl App {
         Ok(Arc::new(S3Objects::new(self.s3_client().await?, uri)))
     }
 
+    /// A bucket's objects.
+    ///
+    /// # Errors
+    /// If `s3.ca_file` cannot be used.
+    pub async fn bucket(&self, bucket: &str) -> Result<Arc<dyn ObjectStore>> {
+        let root = S3Uri { bucket: bucket.to_owned(), key: String::new() };
+        Ok(Arc::new(S3Objects::new(self.s3_client().await?, root)))
+    }
+
     /// The model of `model.path`.
     ///
     /// # Errors

@@ -4,8 +4,10 @@ mod bench;
 mod class_set;
 mod classes;
 mod classify;
+mod collect;
 mod dead;
 mod each;
+mod enqueue;
 mod gather;
 mod output;
 mod progress;
@@ -53,6 +55,8 @@ enum Command {
     // The commands' own types carry their help.
     Classify(classify::Classify),
     Worker(worker::WorkerCommand),
+    Enqueue(enqueue::Enqueue),
+    Collect(collect::Collect),
     #[command(subcommand)]
     Classes(classes::ClassesCommand),
     #[command(subcommand)]
@@ -111,6 +115,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Classify(command) => command.run(&app).await,
             Command::Bench(command) => command.run(&app).await,
             Command::Worker(command) => command.run(&app).await,
+            Command::Enqueue(command) => Box::pin(command.run(&app)).await,
+            Command::Collect(command) => Box::pin(command.run(&app)).await,
             Command::Classes(command) => command.run(&app).await,
             Command::Dead(command) => command.run(&app).await,
             Command::DefaultSettings => Ok(()),

@@ -16,6 +16,7 @@
 
 pub mod amqp;
 pub mod app;
+pub mod bulk;
 pub mod classes;
 pub mod cli;
 pub mod config;

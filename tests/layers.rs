@@ -64,6 +64,8 @@ const LAYERS: &[(&str, Layer)] = &[
     ("classes::catalog", Core),
     ("classes::build", Core),
     ("amqp", Adapters),
+    // Runs: through the broker, on disk.
+    ("bulk", Adapters),
     // Reads certificates, for the broker's and the store's adapter.
     ("tls", Adapters),
     // Served over HTTP, and told by the AMQP source whether jobs are consumed.

@@ -16,7 +16,7 @@ use crate::store::s3::S3Uri;
 const ENDINGS: [&str; 10] =
     ["jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif"];
 
-fn has_image_ending(name: &str) -> bool {
+pub(super) fn has_image_ending(name: &str) -> bool {
     let ending = name.rsplit_once('.').map(|(_, ending)| ending.to_ascii_lowercase());
     ending.is_some_and(|ending| ENDINGS.contains(&ending.as_str()))
 }

@@ -156,11 +156,29 @@ impl S3Images {
         }
     }
 
-    /// The keys below a prefix, as URIs, in the store's order, a page of 1,000 at a time.
+    /// The keys below a prefix, as URIs, in the store's order.
     ///
     /// # Errors
     /// What the store said.
     pub async fn list(&self, prefix: &S3Uri) -> Result<Vec<String>, ImageError> {
+        let mut uris = Vec::new();
+        self.each_page(prefix, |page| {
+            uris.extend(page);
+            true
+        })
+        .await?;
+        Ok(uris)
+    }
+
+    /// The same, page by page of up to 1,000, until `seen` says that it is enough.
+    ///
+    /// # Errors
+    /// What the store said.
+    pub async fn each_page(
+        &self,
+        prefix: &S3Uri,
+        mut seen: impl FnMut(Vec<String>) -> bool,
+    ) -> Result<(), ImageError> {
         let mut pages = self
             .client
             .list_objects_v2()
@@ -168,18 +186,17 @@ impl S3Images {
             .prefix(&prefix.key)
             .into_paginator()
             .send();
-        let mut uris = Vec::new();
         while let Some(page) = pages.next().await {
             let page = page.map_err(|e| image_error(&e, &prefix.bucket, &prefix.key))?;
-            uris.extend(
-                page.contents()
-                    .iter()
-                    .filter_map(|object| object.key())
-                    .filter(|key| !key.ends_with('/'))
-                    .map(|key| format!("s3://{}/{key}", prefix.bucket)),
-            );
+            let keys = page.contents().iter().filter_map(|object| object.key());
+            let uris = keys
+                .filter(|key| !key.ends_with('/'))
+                .map(|key| format!("s3://{}/{key}", prefix.bucket));
+            if !seen(uris.collect()) {
+                break;
+            }
         }
-        Ok(uris)
+        Ok(())
     }
 }
 

@@ -1,0 +1,399 @@
+//! `angler enqueue`: many images as the jobs of one run.
+
+use std::io::{BufReader, Seek, SeekFrom, Write};
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::Args;
+use futures_util::StreamExt;
+use globset::{Glob, GlobSet, GlobSetBuilder};
+use indicatif::{MultiProgress, ProgressBar};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use super::classes::tables::show;
+use super::collect::{Collecting, Limits};
+use super::gather::has_image_ending;
+use super::progress::progress_bar;
+use super::{UsageError, output};
+use crate::app::{App, is_s3};
+use crate::bulk::enqueuer::{Plan, Step, enqueue};
+use crate::bulk::manifest::{self, Format};
+use crate::bulk::queues::{RunQueues, check_run};
+use crate::bulk::spool::{Images, Spool};
+use crate::bulk::table;
+use crate::classes::load::version_key;
+use crate::classes::publish::read_active;
+use crate::job::{ClassSelector, MAX_TOP_K};
+use crate::shutdown;
+use crate::store::s3::S3Uri;
+
+/// Send the images of an S3 prefix or of a list as the jobs of one run
+///
+/// The jobs go to amqp.jobs_queue, and their results to a queue of the run's own, for
+/// `angler collect`. Interrupted in whatever way, the same command with the same --run goes on behind
+/// the last job that was sent: no job is sent twice.
+#[derive(Args)]
+pub struct Enqueue {
+    /// s3://bucket/prefix, a list of s3:// URIs (.txt, .csv, .jsonl; a file or in S3), or - for a list
+    /// on standard input
+    #[arg(value_name = "s3://BUCKET/PREFIX|LIST|-")]
+    source: String,
+    /// What to compare with; without a version each job takes the one that is active then
+    #[arg(long, value_name = "SET[@VERSION]")]
+    classes: String,
+    /// The run's id [default: the set and the time]
+    #[arg(long, value_name = "ID")]
+    run: Option<String>,
+    /// Images in a job
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    per_job: u16,
+    /// How many of the best classes to list for each image, 1 to 100
+    #[arg(long, default_value_t = 1, value_name = "K", value_parser = top_k)]
+    top_k: usize,
+    /// Below this cosine similarity an image is unknown [default: the set's own threshold]
+    #[arg(long, value_name = "COSINE", allow_negative_numbers = true, value_parser = cosine)]
+    min_score: Option<f32>,
+    /// Add each image's normalised embedding
+    #[arg(long)]
+    embeddings: bool,
+    /// Of a prefix only keys that match, such as "2026/**/*.jpg", below the prefix; may be repeated.
+    /// Without it all whose ending is an image's
+    #[arg(long, value_name = "GLOB")]
+    include: Vec<String>,
+    /// Of a prefix no keys that match; may be repeated
+    #[arg(long, value_name = "GLOB")]
+    exclude: Vec<String>,
+    /// How the list is written [default: by its ending; text on standard input]
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    format: Option<Format>,
+    /// Send nothing while so many jobs wait in the queue
+    #[arg(long, value_name = "JOBS", value_parser = clap::value_parser!(u64).range(1..))]
+    max_queued: Option<u64>,
+    /// Send nothing: count, and show the first images and what the version is
+    #[arg(long)]
+    dry_run: bool,
+    /// Collect the results as well, until the run is complete
+    #[arg(long, requires = "out", conflicts_with = "dry_run")]
+    wait: bool,
+    /// With --wait: where results go, .jsonl or .csv
+    #[arg(long, value_name = "FILE", requires = "wait")]
+    out: Option<PathBuf>,
+    #[command(flatten)]
+    limits: Limits,
+    /// Print the figures as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn top_k(text: &str) -> Result<usize, String> {
+    let k: usize = text.parse().map_err(|_| "not a number".to_owned())?;
+    (1..=MAX_TOP_K).contains(&k).then_some(k).ok_or_else(|| format!("must be 1 to {MAX_TOP_K}"))
+}
+
+fn cosine(text: &str) -> Result<f32, String> {
+    let score: f32 = text.parse().map_err(|_| "not a number".to_owned())?;
+    (-1.0..=1.0).contains(&score).then_some(score).ok_or_else(|| "must lie in [-1, 1]".to_owned())
+}
+
+impl Enqueue {
+    pub(super) async fn run(self, app: &App) -> Result<()> {
+        let selector = ClassSelector::parse(&self.classes).map_err(UsageError)?;
+        let run = self.run_id(&selector)?;
+        if let Some(out) = &self.out {
+            output::check("--out", Some(out))?;
+            table::Format::of(out).map_err(UsageError)?;
+        }
+        // Before the first job, and before a million keys are listed.
+        let version = resolve(app, &selector).await?;
+        let stop = shutdown::on_signals("stopping").context("signals cannot be caught")?;
+        let mut images = tokio::select! {
+            biased;
+            () = stop.cancelled() => bail!("interrupted: no job was sent"),
+            images = self.images(app) => images?,
+        };
+        if images.is_empty() {
+            bail!("{} holds no image", self.source);
+        }
+        let plan = Plan {
+            run,
+            per_job: self.per_job.into(),
+            classes: selector,
+            top_k: self.top_k,
+            min_score: self.min_score,
+            embeddings: self.embeddings,
+            max_queued: self.max_queued,
+        };
+        match self.dry_run {
+            true => self.show_plan(&plan, &images, &version),
+            false => self.send(app, &plan, &mut images, &stop).await,
+        }
+    }
+
+    fn run_id(&self, selector: &ClassSelector) -> Result<String, UsageError> {
+        let run = match &self.run {
+            Some(run) => run.clone(),
+            None => {
+                let now = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
+                format!("{}-{}", selector.set, now.replace([':', 'Z'], ""))
+            }
+        };
+        check_run(&run).map_err(|e| UsageError(format!("--run: {e}")))?;
+        Ok(run)
+    }
+
+    /// All images, on disk.
+    async fn images(&self, app: &App) -> Result<Images> {
+        let spool = Spool::new().context("the list of images cannot be kept")?;
+        if !is_s3(&self.source) {
+            return self.local(spool).await;
+        }
+        let uri = S3Uri::parse(&self.source).map_err(UsageError)?;
+        match self.format.or_else(|| Format::of(&uri.key)) {
+            Some(format) => self.list_in_s3(app, &uri, format, spool).await,
+            None => self.prefix(app, &uri, spool).await,
+        }
+    }
+
+    async fn local(&self, mut spool: Spool) -> Result<Images> {
+        self.no_globs()?;
+        let (source, given) = (self.source.clone(), self.format);
+        let reading = tokio::task::spawn_blocking(move || {
+            if source == "-" {
+                let format = given.unwrap_or(Format::Text);
+                let input = std::io::stdin().lock();
+                manifest::read(input, format, "standard input", &mut spool, fetchable)?;
+                return anyhow::Ok(spool.finish()?);
+            }
+            let path = PathBuf::from(&source);
+            if path.is_dir() {
+                let wrong = format!(
+                    "{source} is a folder: workers fetch images from S3, so name s3://bucket/prefix or a list of URIs"
+                );
+                return Err(UsageError(wrong).into());
+            }
+            let file = std::fs::File::open(&path).with_context(|| source.clone())?;
+            let format = given.or_else(|| Format::of(&source)).unwrap_or(Format::Text);
+            manifest::read(BufReader::new(file), format, &source, &mut spool, fetchable)?;
+            Ok(spool.finish()?)
+        });
+        reading.await?
+    }
+
+    async fn list_in_s3(
+        &self,
+        app: &App,
+        uri: &S3Uri,
+        format: Format,
+        mut spool: Spool,
+    ) -> Result<Images> {
+        self.no_globs()?;
+        let object = app.bucket(&uri.bucket).await?.open(&uri.key).await?;
+        let mut object = object.ok_or_else(|| anyhow!("{} does not exist", self.source))?;
+        let mut file = tempfile::tempfile()?;
+        while let Some(chunk) = object.chunks.next().await {
+            let chunk = chunk?;
+            tokio::task::block_in_place(|| file.write_all(&chunk))?;
+        }
+        file.seek(SeekFrom::Start(0))?;
+        let place = self.source.clone();
+        let reading = tokio::task::spawn_blocking(move || {
+            manifest::read(BufReader::new(file), format, &place, &mut spool, fetchable)?;
+            anyhow::Ok(spool.finish()?)
+        });
+        reading.await?
+    }
+
+    async fn prefix(&self, app: &App, prefix: &S3Uri, mut spool: Spool) -> Result<Images> {
+        let (include, exclude) =
+            (globs("--include", &self.include)?, globs("--exclude", &self.exclude)?);
+        let bar = progress_bar(0, "keys listed");
+        bar.unset_length();
+        let whole = format!("s3://{}/{}", prefix.bucket, prefix.key);
+        let store = app.s3_images().await?;
+        let mut failed = None;
+        let listing = store.each_page(prefix, |page| {
+            bar.inc(page.len() as u64);
+            for uri in page {
+                let below = uri.strip_prefix(&whole).unwrap_or(&uri).trim_start_matches('/');
+                let wanted = match self.include.is_empty() {
+                    // What is named in full is taken as it is.
+                    true => has_image_ending(&uri) || uri == whole,
+                    false => include.is_match(below),
+                };
+                if wanted && !exclude.is_match(below) {
+                    let pushed = spool.push(crate::job::ImageRef { uri, id: None });
+                    failed = failed.take().or(pushed.err());
+                }
+            }
+            failed.is_none()
+        });
+        listing.await?;
+        bar.finish_and_clear();
+        match failed {
+            Some(error) => Err(error).context("the list of images cannot be kept"),
+            None => Ok(spool.finish()?),
+        }
+    }
+
+    fn no_globs(&self) -> Result<(), UsageError> {
+        match self.include.is_empty() && self.exclude.is_empty() {
+            true => Ok(()),
+            false => Err(UsageError("--include and --exclude go with an S3 prefix".to_owned())),
+        }
+    }
+
+    fn show_plan(&self, plan: &Plan, images: &Images, version: &str) -> Result<()> {
+        let jobs = plan.jobs(images.len());
+        if self.json {
+            let first: Vec<&str> = images.first().iter().map(|i| i.uri.as_str()).collect();
+            let all = json!({"run": plan.run, "images": images.len(), "jobs": jobs, "classes": version, "first": first});
+            return Ok(show(&format!("{all:#}\n"))?);
+        }
+        let mut text = format!(
+            "run      {}\nimages   {}, {jobs} job(s) of {}\nclasses  {version}\n",
+            plan.run,
+            images.len(),
+            plan.per_job
+        );
+        for (at, image) in images.first().iter().enumerate() {
+            text += &format!("{}{}\n", if at == 0 { "first    " } else { "         " }, image.uri);
+        }
+        text += "nothing was sent (--dry-run)\n";
+        Ok(show(&text)?)
+    }
+
+    async fn send(
+        &self,
+        app: &App,
+        plan: &Plan,
+        images: &mut Images,
+        stop: &CancellationToken,
+    ) -> Result<()> {
+        let total = images.len();
+        let jobs = plan.jobs(total);
+        let bars = MultiProgress::new();
+        let bar = bars.add(progress_bar(usize::try_from(total)?, "sent"));
+        let (started, mut skipped) = (Instant::now(), None);
+        let per_job = plan.per_job as u64;
+        let step = |step: Step| match step {
+            Step::Sent(sent) => {
+                if skipped.is_none() {
+                    // What was sent by an earlier command is no work of this one.
+                    skipped = Some(sent);
+                    bar.reset_elapsed();
+                }
+                bar.set_message("");
+                bar.set_position((sent * per_job).min(total));
+            }
+            Step::Full { queued } => bar.set_message(format!("{queued} jobs wait")),
+        };
+        let (options, topology) = (app.settings.amqp_options("enqueue"), app.settings.topology());
+        let sending = enqueue((&options, &topology), plan, images, stop, step);
+        let (sent, collected) = match &self.out {
+            None => (sending.await, None),
+            Some(out) => {
+                let queues = RunQueues::new(&topology.jobs, &plan.run);
+                let done = bars.add(progress_bar(usize::try_from(total)?, "done"));
+                let collecting = Collecting {
+                    app,
+                    run: &plan.run,
+                    queues: &queues,
+                    out,
+                    jobs: Some(jobs),
+                    limits: &self.limits,
+                    bar: done,
+                };
+                let (sent, collected) = collecting.beside(sending, stop).await;
+                (sent, Some(collected))
+            }
+        };
+        finish(&bar);
+        let sent = sent?;
+        let new = sent - skipped.unwrap_or(0).min(sent);
+        let seconds = started.elapsed();
+        if sent < jobs {
+            bail!(
+                "interrupted: {sent} of {jobs} jobs of run {run} were sent; the same command with --run {run} goes on",
+                run = plan.run
+            );
+        }
+        if self.json && collected.is_none() {
+            let rate = (new * per_job).min(total) as f64 / seconds.as_secs_f64().max(1e-9);
+            let all = json!({"run": plan.run, "images": total, "jobs": jobs, "sent": new, "images_per_second": rate});
+            show(&format!("{all}\n"))?;
+        } else {
+            eprintln!("{}", told(plan, total, jobs, new, seconds));
+        }
+        match collected {
+            None if !self.json => {
+                eprintln!("results: angler collect --run {} --out results.csv", plan.run);
+                Ok(())
+            }
+            None => Ok(()),
+            Some(collected) => collected?.tell(self.json),
+        }
+    }
+}
+
+fn told(plan: &Plan, images: u64, jobs: u64, new: u64, time: Duration) -> String {
+    let run = &plan.run;
+    match new {
+        0 => format!("run {run}: all {jobs} jobs had been sent before"),
+        _ => {
+            let rate =
+                (new * plan.per_job as u64).min(images) as f64 / time.as_secs_f64().max(1e-9);
+            let before = match jobs - new {
+                0 => String::new(),
+                before => format!(", {before} before"),
+            };
+            format!(
+                "run {run}: {images} images in {jobs} jobs, {new} sent now{before}, {rate:.0} images/s"
+            )
+        }
+    }
+}
+
+fn finish(bar: &ProgressBar) {
+    bar.finish_and_clear();
+}
+
+/// What a worker can fetch.
+fn fetchable(uri: &str) -> Result<(), String> {
+    let parsed = S3Uri::parse(uri)?;
+    match parsed.key.is_empty() {
+        true => Err(format!("{uri:?} names a bucket but no key")),
+        false => Ok(()),
+    }
+}
+
+fn globs(flag: &str, patterns: &[String]) -> Result<GlobSet, UsageError> {
+    let wrong = |e: globset::Error| UsageError(format!("{flag}: {e}"));
+    let mut set = GlobSetBuilder::new();
+    for pattern in patterns {
+        set.add(Glob::new(pattern).map_err(wrong)?);
+    }
+    set.build().map_err(wrong)
+}
+
+/// The version that a job would be scored against now, which must be there.
+async fn resolve(app: &App, selector: &ClassSelector) -> Result<String> {
+    let root = app.class_root().await?;
+    let set = &selector.set;
+    let version = match &selector.version {
+        Some(version) => version.clone(),
+        None => match read_active(root.as_ref(), set).await? {
+            Some((active, _)) => active.map_err(|e| anyhow!("class set {set}: {e}"))?.version,
+            None => bail!(
+                "there is no class set {set} with an active version in {} (angler classes list)",
+                app.settings.classes.root
+            ),
+        },
+    };
+    let key = version_key(set, &version);
+    if root.open(&key).await?.is_none() {
+        bail!("{} does not exist: angler classes list shows what there is", root.place(&key));
+    }
+    Ok(format!("{set}@{version}"))
+}
