@@ -25,6 +25,8 @@ use crate::stage::{Stage, nvidia_smi};
 
 /// Tells the child what it is.
 const ORDERS: &str = "ANGLER_BENCH_GPU_CHILD";
+/// Begins an answer that says why there is none.
+const FAILED: &str = "failed: ";
 /// Calls that are not timed, when the size of a batch changes.
 const WARM: usize = 3;
 /// What ballast is taken in.
@@ -50,6 +52,10 @@ pub fn orders() -> Result<Option<Orders>> {
 }
 
 pub fn run(orders: &Orders) -> Result<()> {
+    obey(orders).or_else(|error| answer(&format!("{FAILED}{error:#}").replace('\n', " ")))
+}
+
+fn obey(orders: &Orders) -> Result<()> {
     if orders.gpu.is_some() {
         preload(&orders.library);
     }
@@ -212,7 +218,10 @@ impl Process {
         let mut line = String::new();
         self.answers.read_line(&mut line)?;
         ensure!(!line.is_empty(), "the other process ended early; what it said is above");
-        Ok(line.trim().to_owned())
+        match line.trim().strip_prefix(FAILED) {
+            Some(reason) => bail!("the other process: {reason}"),
+            None => Ok(line.trim().to_owned()),
+        }
     }
 }
 

@@ -65,7 +65,7 @@ pub struct Options {
     /// Rounds; medians count [default: 5, with --quick 2]
     #[arg(long)]
     rounds: Option<usize>,
-    /// Each time is taken over so many seconds [default: 1, with --quick 0.2]
+    /// Each time is taken over so many seconds [default: 0.5, with --quick 0.2]
     #[arg(long)]
     seconds: Option<f64>,
     /// The GPU's number

@@ -77,7 +77,7 @@ pub fn measure(stage: &Stage, report: &mut Report) -> Result<()> {
         ),
         format!("≥ {} of the lower one", percent(wanted::OF_LIMIT)),
         ran.rate >= wanted::OF_LIMIT * limit,
-        &[("rate", ran.rate), ("decoders", decoders), ("images_failed", ran.failed as f64)],
+        &[("rate", ran.rate), ("decoders", decoders), ("bare", alone)],
     );
     report.judge_on_a_gpu(
         "time that a session is busy meanwhile",

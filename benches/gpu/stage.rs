@@ -74,7 +74,7 @@ impl Stage {
         let large = options.images.join("photos");
         let photos: Vec<_> =
             files.iter().filter(|path| path.starts_with(&large)).cloned().collect();
-        let (rounds, seconds) = if options.quick { (2, 0.2) } else { (5, 1.0) };
+        let (rounds, seconds) = if options.quick { (2, 0.2) } else { (5, 0.5) };
         Ok(Self {
             choice: options.backend,
             library: options.library.clone(),

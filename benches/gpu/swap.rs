@@ -155,8 +155,12 @@ impl Rig {
             // Kernels are found, the first version's copy is made.
             answers(8 * batch).await;
             let began = Instant::now();
-            let between = stage.time.max(Duration::from_millis(300));
-            tokio::time::sleep(between).await;
+            // The median is of batches between the swaps.
+            let between = async || {
+                tokio::time::sleep(stage.time).await;
+                answers(6 * batch).await;
+            };
+            between().await;
             for next in versions {
                 let at = Instant::now();
                 announce(&engine, &next);
@@ -166,7 +170,7 @@ impl Rig {
                 drop(last);
                 answers(2 * batch).await;
                 swaps.push(at..Instant::now());
-                tokio::time::sleep(between).await;
+                between().await;
             }
             began
         };
