@@ -28,6 +28,11 @@ const SIZE: (u32, u32) = (640, 480);
 const QUALITY: f32 = 85.0;
 const CLASSES: usize = 10_000;
 
+/// `embedder.max_batch`.
+fn batch(stage: &Stage) -> usize {
+    stage.sized(BATCH, 8)
+}
+
 /// Images that need no fetching; a URI is a number.
 struct Memory(Vec<Bytes>);
 
@@ -51,7 +56,7 @@ pub fn measure(stage: &Stage, report: &mut Report) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     let mut bare = Bare::start(stage, &stage.default)?;
     let mut alone = || match &mut bare {
-        Some(bare) => bare.rate(BATCH, stage.time),
+        Some(bare) => bare.rate(batch(stage), stage.time),
         None => Ok(f64::NAN),
     };
     // Before and after, and the pipeline between them.
@@ -139,10 +144,12 @@ struct Ran {
 async fn run(stage: &Stage, images: Vec<Bytes>) -> Result<Ran> {
     let model = &stage.default;
     let classes = stage.random_set(model, CLASSES, 1)?;
+    let max_batch = batch(stage);
     // As many sessions as a worker has.
-    let opened = stage.open_all(model, Wish { alone: false, ..stage.wish(Scoring::Graph) })?;
+    let wish = Wish { alone: false, max_batch, ..stage.wish(Scoring::Graph) };
+    let opened = stage.open_all(model, wish)?;
     let lanes = opened.embedders.len();
-    let policy = BatchPolicy { max_batch: BATCH, linger: Duration::from_millis(5) };
+    let policy = BatchPolicy { max_batch, linger: Duration::from_millis(5) };
     let size = (model.pixels.width, model.pixels.height);
     let engine = Engine::start(opened.embedders, policy, size, stage.scorer.clone())?;
     // The defaults of `[limits]`.
@@ -185,7 +192,12 @@ async fn run(stage: &Stage, images: Vec<Bytes>) -> Result<Ran> {
         (done.load(Ordering::Relaxed), stats.embedding(), stats.images(), batches)
     };
     let (started, first) = (Instant::now(), counts());
-    until(stage.time.max(Duration::from_millis(500)) * u32::try_from(stage.rounds)?).await;
+    until(stage.time * u32::try_from(stage.rounds)?).await;
+    // A batch counts when it is done: with few of them those at the edges would be much.
+    // (An engine that is gone makes none.)
+    while counts().3 - first.3 < 20 * lanes as u64 && failed.load(Ordering::Relaxed) == 0 {
+        until(stage.time).await;
+    }
     let (wall, last) = (started.elapsed().as_secs_f64(), counts());
     engine.drain();
     // Whoever has all places knows that all images are done.
