@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // Each benchmark uses its own part.
 
+use std::path::PathBuf;
+
 use angler::preprocess::{PixelLimits, decode};
 use anyhow::{Context, Result};
 use image::RgbImage;
@@ -18,6 +20,11 @@ impl Photos {
             .and_then(|entries| entries.map(|e| e.map(|e| e.path())).collect::<Result<Vec<_>, _>>())
             .with_context(|| format!("{} cannot be listed", folder.display()))?;
         paths.sort();
+        Self::read(&paths)
+    }
+
+    /// Reads these.
+    pub fn read(paths: &[PathBuf]) -> Result<Self> {
         let photos = paths.iter().map(|path| {
             let bytes = std::fs::read(path)?;
             Ok(decode(&bytes, PixelLimits { max_pixels: 50_000_000 })?)
