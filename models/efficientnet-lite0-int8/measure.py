@@ -1,6 +1,6 @@
 """Prints the int8 model beside the default one: size, speed, accuracy, nearness.
 
-    python measure.py [--rounds 9] [--images 64]
+    python measure.py [--model ../efficientnet-lite0-fp16] [--rounds 9] [--images 64]
 
 Needs numpy, onnxruntime and pillow. Run it on a machine that does nothing else. Times
 are of the network alone, one thread, ONNX Runtime's CPU provider: medians over rounds
@@ -10,6 +10,7 @@ in which the two models take turns.
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -46,12 +47,13 @@ def class_vectors(references, count):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="the int8 model beside the fp32 one")
+    parser = argparse.ArgumentParser(description="a variant of the default model beside it")
+    parser.add_argument("--model", type=Path, default=samples.FOLDER, help="the variant's folder")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of timing")
     parser.add_argument("--images", type=int, default=64, help="images a round")
     arguments = parser.parse_args()
 
-    folders = [samples.DEFAULT, samples.FOLDER]
+    folders = [samples.DEFAULT, arguments.model.resolve()]
     models = [samples.Model(folder) for folder in folders]
     rng = np.random.default_rng(SEED)
     photos = [samples.opened(file) for file in samples.files("photos")]

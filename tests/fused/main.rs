@@ -29,7 +29,7 @@ const PLENTY: usize = 1 << 30;
 
 fn load(name: &str) -> Model {
     let folder = match name {
-        "efficientnet-lite0" => "models/efficientnet-lite0".to_owned(),
+        large if large.starts_with("efficientnet-lite0") => format!("models/{large}"),
         tiny => format!("tests/data/models/{tiny}"),
     };
     Model::load(repository(&folder).to_str().unwrap()).unwrap()

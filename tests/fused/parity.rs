@@ -38,16 +38,25 @@ fn the_graph_finds_what_the_host_finds() {
 
 #[test]
 fn the_default_model_scores_in_the_graph_as_on_the_host() {
-    let model = load("efficientnet-lite0");
-    let mut plain = open(&model, Scoring::Host, 0);
-    let mut fused = open(&model, Scoring::Graph, PLENTY);
-    let pixels = noise(&model, 3, 3);
-    let embeddings = plain.embed(pixels.view()).unwrap();
-    let rows = near(&embeddings, 1000, 4);
-    let classes = set(&labels(1000, |row| row / 2), &rows, Precision::F32);
-    let (_, wanted) = on_the_host(plain.as_mut(), pixels.view(), &classes, 5);
+    let [exact, half] = ["efficientnet-lite0", "efficientnet-lite0-fp16"].map(|name| {
+        let model = load(name);
+        let mut plain = open(&model, Scoring::Host, 0);
+        let mut fused = open(&model, Scoring::Graph, PLENTY);
+        let pixels = noise(&model, 3, 3);
+        let embeddings = plain.embed(pixels.view()).unwrap();
+        let rows = near(&embeddings, 1000, 4);
+        let classes = set(&labels(1000, |row| row / 2), &rows, Precision::F32);
+        let (_, wanted) = on_the_host(plain.as_mut(), pixels.view(), &classes, 5);
+        let found = classify(fused.as_mut(), pixels.view(), &classes, 5);
+        // An f16 model's output is f32, and so is all that is put behind it.
+        assert_same(name, &found.top, &wanted, 1e-5);
+        (classes, wanted, fused, pixels)
+    });
+    // In f16, with the vectors that the f32 model was scored with.
+    let (classes, wanted, ..) = exact;
+    let (_, _, mut fused, pixels) = half;
     let found = classify(fused.as_mut(), pixels.view(), &classes, 5);
-    assert_same("the default model", &found.top, &wanted, 1e-5);
+    assert_same("f16 beside f32", &found.top, &wanted, 2e-3);
 }
 
 #[test]
