@@ -7,8 +7,11 @@ mod classify;
 mod dead;
 mod each;
 mod gather;
+mod html;
 mod output;
 mod progress;
+mod tables;
+mod thumbnails;
 mod worker;
 
 use std::path::PathBuf;
