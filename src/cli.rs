@@ -10,6 +10,7 @@ mod gather;
 mod html;
 mod output;
 mod progress;
+mod report;
 mod tables;
 mod thumbnails;
 mod worker;
@@ -55,6 +56,7 @@ struct Global {
 enum Command {
     // The commands' own types carry their help.
     Classify(classify::Classify),
+    Report(report::ReportCommand),
     Worker(worker::WorkerCommand),
     #[command(subcommand)]
     Classes(classes::ClassesCommand),
@@ -112,6 +114,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let outcome = runtime.block_on(async {
         match cli.command {
             Command::Classify(command) => command.run(&app).await,
+            Command::Report(command) => command.run(&app).await,
             Command::Bench(command) => command.run(&app).await,
             Command::Worker(command) => command.run(&app).await,
             Command::Classes(command) => command.run(&app).await,
