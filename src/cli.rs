@@ -9,8 +9,12 @@ mod dead;
 mod each;
 mod enqueue;
 mod gather;
+mod html;
 mod output;
 mod progress;
+mod report;
+mod tables;
+mod thumbnails;
 mod worker;
 
 use std::path::PathBuf;
@@ -54,6 +58,7 @@ struct Global {
 enum Command {
     // The commands' own types carry their help.
     Classify(classify::Classify),
+    Report(report::ReportCommand),
     Worker(worker::WorkerCommand),
     Enqueue(enqueue::Enqueue),
     Collect(collect::Collect),
@@ -113,6 +118,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let outcome = runtime.block_on(async {
         match cli.command {
             Command::Classify(command) => command.run(&app).await,
+            Command::Report(command) => command.run(&app).await,
             Command::Bench(command) => command.run(&app).await,
             Command::Worker(command) => command.run(&app).await,
             Command::Enqueue(command) => Box::pin(command.run(&app)).await,

@@ -24,6 +24,7 @@ mod bars;
 mod confusion;
 mod gallery;
 mod histogram;
+mod spreads;
 mod table;
 mod thumbnail;
 
@@ -35,6 +36,7 @@ pub use bars::{Bar, Shape, bars};
 pub use confusion::confusion;
 pub use gallery::{Card, Tone, gallery};
 pub use histogram::{Series, histogram};
+pub use spreads::{Spread, spreads};
 pub use table::{Align, Cell, table};
 pub use thumbnail::{THUMBNAIL_SIDE, thumbnail};
 
@@ -121,6 +123,14 @@ pub fn note(text: &str) -> Html {
     Html(format!("<p class=\"note\">{}</p>\n", escape(text)))
 }
 
+/// A part of a section: its own heading, with what belongs to it in small print, and what stands below.
+pub fn group(heading: &str, aside: &str, body: Html) -> Html {
+    let (heading, aside) = (escape(heading), escape(aside));
+    Html(format!(
+        "<div class=\"group\">\n<h3>{heading} <small>{aside}</small></h3>\n{body}</div>\n"
+    ))
+}
+
 /// A count as people read it: `1,234,567`.
 pub fn count(number: u64) -> String {
     let digits = number.to_string();
@@ -156,12 +166,26 @@ pub struct Page {
     title: String,
     subtitle: String,
     body: Html,
+    headings: Vec<String>,
+    contents: bool,
 }
 
 impl Page {
     /// An empty page. `subtitle` says what was looked at: a class set and its version, a model, a date.
     pub fn new(title: &str, subtitle: &str) -> Self {
-        Self { title: title.to_owned(), subtitle: subtitle.to_owned(), body: Html::default() }
+        Self {
+            title: title.to_owned(),
+            subtitle: subtitle.to_owned(),
+            body: Html::default(),
+            headings: Vec::new(),
+            contents: false,
+        }
+    }
+
+    /// Lists the sections below the title, as links to them: for a page that nobody scrolls to its end.
+    pub fn with_contents(&mut self) -> &mut Self {
+        self.contents = true;
+        self
     }
 
     /// The numbers to see first, as tiles: name, value, and what it is a part of or compares with.
@@ -188,8 +212,27 @@ impl Page {
 
     /// A heading and what stands below it.
     pub fn section(&mut self, heading: &str, body: Html) -> &mut Self {
-        let _ = write!(self.body.0, "<section>\n<h2>{}</h2>\n{body}</section>\n", escape(heading));
+        let id = self.headings.len() + 1;
+        let _ = write!(
+            self.body.0,
+            "<section id=\"s{id}\">\n<h2>{}</h2>\n{body}</section>\n",
+            escape(heading)
+        );
+        self.headings.push(heading.to_owned());
         self
+    }
+
+    fn contents(&self) -> String {
+        if !self.contents || self.headings.is_empty() {
+            return String::new();
+        }
+        let links = self.headings.iter().enumerate().map(|(number, heading)| {
+            format!("<li><a href=\"#s{}\">{}</a></li>", number + 1, escape(heading))
+        });
+        format!(
+            "<nav aria-label=\"Sections\"><ul class=\"contents\">{}</ul></nav>\n",
+            links.collect::<String>()
+        )
     }
 
     /// The whole file.
@@ -211,11 +254,12 @@ impl Page {
              <style>\n{STYLE}</style>\n\
              </head>\n\
              <body>\n\
-             <header>\n<h1>{title}</h1>\n{subtitle}</header>\n\
+             <header>\n<h1>{title}</h1>\n{subtitle}{}</header>\n\
              <main>\n{}</main>\n\
              <footer>angler {}</footer>\n\
              </body>\n\
              </html>\n",
+            self.contents(),
             self.body,
             env!("CARGO_PKG_VERSION"),
         )
@@ -281,6 +325,10 @@ mod tests {
         for shape in [Shape::Beside, Shape::Stacked] {
             page.section("b", bars(HOSTILE, HOSTILE, &[HOSTILE], &rows, shape));
         }
+        let rows = [Spread { series: series[0].clone(), middle: Some(0.5) }];
+        page.section("s", spreads(HOSTILE, HOSTILE, &rows, (0.0, 1.0)));
+        page.section("i", group(HOSTILE, HOSTILE, note(HOSTILE)));
+        page.with_contents();
         let card = |thumbnail| Card {
             thumbnail,
             uri: format!("{HOSTILE}/{HOSTILE}"),
@@ -292,6 +340,20 @@ mod tests {
         assert!(!html.contains("<img src=x"), "{html}");
         assert!(!html.contains("<script") && !html.contains("</script"), "{html}");
         assert!(!html.contains("onerror=\""), "{html}");
+    }
+
+    #[test]
+    fn the_contents_lead_to_every_section() {
+        let mut page = Page::new("t", "");
+        page.section("First", note("x")).section("<Second>", note("y"));
+        assert!(!page.finish().contains("<nav"));
+        let html = page.with_contents().finish();
+        for (link, place) in [
+            ("<a href=\"#s1\">First</a>", "<section id=\"s1\">\n<h2>First</h2>"),
+            ("<a href=\"#s2\">&lt;Second&gt;</a>", "<section id=\"s2\">\n<h2>&lt;Second&gt;</h2>"),
+        ] {
+            assert!(html.contains(link) && html.contains(place), "{html}");
+        }
     }
 
     #[test]

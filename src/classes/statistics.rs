@@ -104,6 +104,23 @@ impl Histogram {
     pub fn total(&self) -> u64 {
         self.bins.iter().sum()
     }
+
+    /// About the value that this share of all values is below, right to the width of a bin: those in a
+    /// bin are taken to be spread evenly. None of nothing.
+    pub fn quantile(&self, share: f64) -> Option<f32> {
+        let rank = share.clamp(0.0, 1.0) * self.total() as f64;
+        let width = f64::from(self.high - self.low) / self.bins.len() as f64;
+        let mut before = 0.0;
+        for (bin, count) in self.bins.iter().enumerate().filter(|(_, count)| **count > 0) {
+            let count = *count as f64;
+            if before + count >= rank {
+                let place = bin as f64 + (rank - before) / count;
+                return Some((f64::from(self.low) + width * place) as f32);
+            }
+            before += count;
+        }
+        None
+    }
 }
 
 /// Steps a unit of a [`Shift`]'s counts.
@@ -279,6 +296,23 @@ mod tests {
             histogram.bins.iter().copied().enumerate().filter(|(_, n)| *n > 0).collect();
         assert_eq!(filled, [(0, 3), (50, 1), (99, 3)]);
         assert_eq!(histogram.total(), 7);
+    }
+
+    #[test]
+    fn a_quantile_is_right_to_the_width_of_a_bin() {
+        assert_eq!(Histogram::of_scores().quantile(0.5), None);
+        let mut random = fastrand::Rng::with_seed(2);
+        let (mut histogram, mut all) = (Histogram::of_scores(), Vec::new());
+        for _ in 0..5000 {
+            let value = random.f32() * random.f32() * 2.0 - 1.0;
+            histogram.add(value);
+            all.push(value);
+        }
+        all.sort_by(f32::total_cmp);
+        for (share, at) in [(0.0, 0), (0.05, 250), (0.5, 2500), (0.95, 4750), (1.0, 4999)] {
+            let found = histogram.quantile(share).unwrap();
+            assert!((found - all[at]).abs() <= 0.02, "{share}: {found} {}", all[at]);
+        }
     }
 
     #[test]

@@ -6,7 +6,6 @@ mod compare;
 mod evaluate;
 mod export;
 mod formats;
-mod html;
 mod import;
 mod kept;
 mod list;
@@ -14,9 +13,7 @@ mod npy;
 mod rescore;
 mod shadow;
 mod show;
-pub(super) mod tables;
 mod thresholds;
-mod thumbnails;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};

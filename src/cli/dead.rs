@@ -112,26 +112,3 @@ fn nothing(filter: &Filter, matched: u64, queue: &str) -> Result<()> {
 fn letters(count: u64) -> String {
     plural(usize::try_from(count).unwrap_or(usize::MAX), "dead letter")
 }
-
-/// A text that somebody else wrote, safe for a terminal: a control character could rewrite the
-/// screen.
-fn plain(text: &str) -> String {
-    let safe = |c: char| if c.is_control() && c != '\n' { '\u{fffd}' } else { c };
-    text.chars().map(safe).collect()
-}
-
-/// The same on one line.
-fn one_line(text: &str) -> String {
-    plain(text).replace('\n', " ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_others_wrote_cannot_rewrite_the_screen() {
-        assert_eq!(plain("a\x1b[2Jb\u{9b}31m\nc"), "a\u{fffd}[2Jb\u{fffd}31m\nc");
-        assert_eq!(one_line("a\nb\r"), "a b\u{fffd}");
-    }
-}

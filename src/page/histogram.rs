@@ -15,7 +15,7 @@ const TOP: u32 = 22;
 /// The plot's height in pixels.
 const PLOT: u32 = 190;
 /// Pixels below the plot, for the axis.
-const BOTTOM: u32 = 40;
+pub(super) const BOTTOM: u32 = 40;
 /// Units of the plot's height in which bars are drawn.
 const FULL: f64 = 1000.0;
 /// More characters of a marker's label would leave a phone's screen.
@@ -31,7 +31,7 @@ pub struct Series {
 }
 
 impl Series {
-    fn total(&self) -> u64 {
+    pub(super) fn total(&self) -> u64 {
         self.bins.iter().sum()
     }
 
@@ -42,7 +42,7 @@ impl Series {
     }
 
     /// The fullest bin: its place and share.
-    fn peak(&self) -> (usize, f64) {
+    pub(super) fn peak(&self) -> (usize, f64) {
         let shares = (0..self.bins.len()).map(|bin| (bin, self.share(bin)));
         shares.fold((0, 0.0), |best, next| if next.1 > best.1 { next } else { best })
     }
@@ -95,13 +95,13 @@ pub fn histogram(
         let _ = writeln!(html, "<line class=\"grid\" x2=\"100%\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>");
     }
     for (i, one) in series.iter().enumerate() {
-        bars(&mut html, one, class(i), top);
+        bars(&mut html, one, class(i), top, (TOP, PLOT));
     }
     for share in &lines {
         let (y, text) = (y_of(*share) - 4.0, number(share * 100.0, step * 100.0));
         let _ = writeln!(html, "<text class=\"scale\" y=\"{y:.1}\">{text}%</text>");
     }
-    ticks(&mut html, axis_label, &axis);
+    ticks(&mut html, axis_label, &axis, TOP + PLOT);
     tips(&mut html, series, &axis);
     if let Some((value, label)) = marker {
         mark(&mut html, &axis, value, label);
@@ -120,14 +120,14 @@ fn class(series: usize) -> &'static str {
     }
 }
 
-struct Axis {
-    low: f64,
-    span: f64,
+pub(super) struct Axis {
+    pub(super) low: f64,
+    pub(super) span: f64,
 }
 
 impl Axis {
     /// Percent of the width.
-    fn x(&self, value: f64) -> f64 {
+    pub(super) fn x(&self, value: f64) -> f64 {
         ((value - self.low) / self.span * 100.0).clamp(0.0, 100.0)
     }
 
@@ -140,7 +140,8 @@ impl Axis {
 }
 
 /// The outline of a series' bars, filled. Empty bins have none: it would cover the axis.
-fn bars(html: &mut String, series: &Series, class: &str, top: f64) {
+/// `top` is the share at the upper end of the place, which is a y and a height in pixels.
+pub(super) fn bars(html: &mut String, series: &Series, class: &str, top: f64, place: (u32, u32)) {
     let mut path = String::new();
     let mut open = false;
     for (bin, part) in series.bins.iter().enumerate() {
@@ -156,16 +157,17 @@ fn bars(html: &mut String, series: &Series, class: &str, top: f64) {
     if open {
         let _ = write!(path, "V{FULL}Z");
     }
+    let (y, height) = place;
     let _ = writeln!(
         html,
-        "<svg y=\"{TOP}\" width=\"100%\" height=\"{PLOT}\" viewBox=\"0 0 {} {FULL}\" \
+        "<svg y=\"{y}\" width=\"100%\" height=\"{height}\" viewBox=\"0 0 {} {FULL}\" \
          preserveAspectRatio=\"none\"><path class=\"{class}\" d=\"{path}\"/></svg>",
         series.bins.len().max(1)
     );
 }
 
-fn ticks(html: &mut String, axis_label: &str, axis: &Axis) {
-    let floor = TOP + PLOT;
+/// The axis at `floor` pixels, with its numbers and its name in the [`BOTTOM`] pixels below.
+pub(super) fn ticks(html: &mut String, axis_label: &str, axis: &Axis, floor: u32) {
     let _ = writeln!(html, "<line class=\"axis\" x2=\"100%\" y1=\"{floor}\" y2=\"{floor}\"/>");
     let step = nice_step(axis.span, 6.0);
     // Half a thousandth of a step forgives what f32 lost of the ends.
@@ -257,7 +259,7 @@ fn nice_step(span: f64, parts: f64) -> f64 {
 }
 
 /// A number with the decimals that tell multiples of `step` apart, none of them idle.
-fn number(value: f64, step: f64) -> String {
+pub(super) fn number(value: f64, step: f64) -> String {
     let decimals = (-step.log10()).ceil().clamp(0.0, 6.0) as usize;
     let text = format!("{value:.decimals$}");
     let text = match text.contains('.') {

@@ -8,13 +8,13 @@ use clap::Args;
 use serde::Serialize;
 use tokio::time::Instant;
 
-use super::tables::show;
 use crate::amqp::control::ControlClient;
 use crate::app::App;
 use crate::classes::file::Expected;
 use crate::classes::publish::{Published, Target, activate};
 use crate::cli::UsageError;
 use crate::cli::classify::report::plural;
+use crate::cli::tables::show;
 use crate::control::{Answer, Request, SetStatus};
 use crate::job::{ClassSelector, check_name};
 

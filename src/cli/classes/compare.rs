@@ -8,16 +8,16 @@ use anyhow::{Result, bail};
 use clap::Args;
 use serde::Serialize;
 
-use super::html;
 use super::kept::{BATCH, Expected, Kept, KeptFile, matrix};
-use super::tables::{
-    errors, given, label, narrow_address, narrow_given, number, rate, show, table,
-};
 use crate::app::{App, last_component};
 use crate::classes::ClassVectors;
 use crate::classes::compare::{Comparer, Comparison, Effect, Pair, Side, Verdict};
 use crate::classes::statistics::ShiftSummary;
 use crate::cli::each::each_image;
+use crate::cli::html;
+use crate::cli::tables::{
+    errors, given, label, narrow_address, narrow_given, number, rate, show, table,
+};
 use crate::cli::{class_set, gather};
 use crate::engine::Want;
 

@@ -9,8 +9,6 @@ use anyhow::{Context, Result};
 use clap::Args;
 use serde::Serialize;
 
-use super::html;
-use super::tables::{address, label, number, percent, rate, show, table};
 use crate::app::App;
 use crate::classes::ClassVectors;
 use crate::classes::build::Reference;
@@ -20,6 +18,8 @@ use crate::classes::evaluate::{ClassEvaluation, Evaluation, Evaluator, Labelled}
 use crate::classes::file;
 use crate::classes::statistics::Rate;
 use crate::cli::each::each_image;
+use crate::cli::html;
+use crate::cli::tables::{address, label, number, percent, rate, show, table};
 use crate::cli::{UsageError, class_set, gather};
 use crate::engine::Want;
 use crate::job::{ClassSelector, MAX_TOP_K, check_name};
@@ -256,7 +256,7 @@ impl Report<'_> {
             }),
             e.mistakes.total,
         );
-        text += &super::tables::errors(&e.errors);
+        text += &crate::cli::tables::errors(&e.errors);
         if let Some(calibration) = &self.calibration {
             text += &calibrated(calibration);
         }

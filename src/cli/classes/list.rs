@@ -6,10 +6,10 @@ use anyhow::{Result, bail};
 use clap::Args;
 use serde::Serialize;
 
-use super::tables::{show, table};
 use crate::app::App;
 use crate::classes::publish::read_active;
 use crate::cli::UsageError;
+use crate::cli::tables::{show, table};
 use crate::job::check_name;
 use crate::store::{Listed, ObjectStore};
 

@@ -8,11 +8,11 @@ use clap::Args;
 use serde::Serialize;
 use tokio::time::Instant;
 
-use super::tables::{address, given, number, percent, show, table};
 use crate::app::App;
 use crate::classes::shadow::ShadowReport;
 use crate::cli::UsageError;
 use crate::cli::classify::report::plural;
+use crate::cli::tables::{address, given, number, percent, show, table};
 use crate::control::{Answer, Request};
 
 /// Show what classes.shadow would change, as the workers have counted

@@ -5,12 +5,12 @@ use clap::Args;
 use serde::Serialize;
 
 use super::list::size;
-use super::tables::{label, number, show, table};
 use crate::app::App;
 use crate::classes::ClassVectors;
 use crate::classes::neighbours::{Neighbours, neighbours};
 use crate::classes::vectors::{Norms, Precision};
 use crate::cli::class_set;
+use crate::cli::tables::{label, number, show, table};
 
 /// Pairs of classes that are shown.
 const PAIRS: usize = 10;

@@ -6,10 +6,10 @@ use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 
-use super::{Which, end, letters, nothing, one_line, rest};
+use super::{Which, end, letters, nothing, rest};
 use crate::amqp::dead::{DeadLetter, DeadLetters, Filter};
 use crate::app::App;
-use crate::cli::classes::tables::{self, show};
+use crate::cli::tables::{self, one_line, show};
 
 /// The longest error that is kept of a message, in characters; `show` has all of it.
 const ERROR: usize = 1_000;

@@ -8,7 +8,7 @@ use super::{Chosen, end, letters, nothing, rest};
 use crate::amqp::dead::{DeadLetters, Filter};
 use crate::app::App;
 use crate::cli::UsageError;
-use crate::cli::classes::tables::show;
+use crate::cli::tables::show;
 
 /// Remove jobs that were given up on, for good
 ///

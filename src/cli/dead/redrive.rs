@@ -8,7 +8,7 @@ use super::{Chosen, end, letters, nothing, rest};
 use crate::amqp::dead::{DeadLetters, Filter};
 use crate::amqp::publisher::Publisher;
 use crate::app::App;
-use crate::cli::classes::tables::show;
+use crate::cli::tables::show;
 
 /// Send jobs that were given up on again, as new ones
 ///

@@ -5,10 +5,10 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::{end, nothing, plain};
+use super::{end, nothing};
 use crate::amqp::dead::{DeadLetter, DeadLetters, Filter};
 use crate::app::App;
-use crate::cli::classes::tables::{self, show};
+use crate::cli::tables::{self, plain, show};
 
 /// What people are shown of a body, in characters; --json has all of it.
 const BODY: usize = 20_000;

@@ -3,10 +3,10 @@
 use super::{Report, effect};
 use crate::app::App;
 use crate::classes::compare::{Comparison, Effect, Flip, Verdict};
-use crate::cli::classes::html::{
+use crate::cli::html::{
     ROWS, UNKNOWN, fact, failures, first_rows, number, share, shown, with_pictures, zoomed,
 };
-use crate::cli::classes::thumbnails::IMAGES;
+use crate::cli::thumbnails::IMAGES;
 use crate::page::{
     Align, Card, Cell, Html, Page, Tone, count, gallery, histogram, note, paragraph, table,
 };

@@ -4,10 +4,10 @@ use super::{Report, seen};
 use crate::app::App;
 use crate::classes::evaluate::{Evaluation, Mistake};
 use crate::classes::statistics::Rate;
-use crate::cli::classes::html::{
+use crate::cli::html::{
     UNKNOWN, fact, failures, first_rows, number, share, shown, spelled, with_pictures, zoomed,
 };
-use crate::cli::classes::thumbnails::IMAGES;
+use crate::cli::thumbnails::IMAGES;
 use crate::page::{
     Align, Card, Cell, Html, Page, Tone, confusion, count, gallery, histogram, note, table,
 };

@@ -1,16 +1,15 @@
-//! What the pages of `evaluate` and `compare` have in common.
+//! What the pages of several commands have in common.
 
 use std::path::Path;
 
 use anyhow::Result;
 
+use super::thumbnails::thumbnails;
+use super::{UsageError, output};
 use crate::app::App;
 use crate::classes::evaluate::Failed;
 use crate::classes::statistics::{Examples, Histogram, Rate};
-use crate::cli::{UsageError, output};
 use crate::page::{self, Align, Card, Cell, Html, Series, count, note, percent, table};
-
-use super::thumbnails::thumbnails;
 
 /// Rows of a list of pairs, labels or errors.
 pub(super) const ROWS: usize = 30;
@@ -37,7 +36,7 @@ pub(super) async fn with_pictures(app: &App, mut cards: Vec<Card>) -> Vec<Card> 
     let uris: Vec<&str> = cards.iter().map(|card| card.uri.as_str()).collect();
     let pictures = thumbnails(app, &uris).await;
     for (card, picture) in cards.iter_mut().zip(pictures) {
-        card.thumbnail = picture;
+        card.thumbnail = picture.map_err(|error| format!("{}: {}", error.code, error.message));
     }
     cards
 }

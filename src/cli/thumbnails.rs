@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
+use super::progress::progress_bar;
 use crate::app::App;
-use crate::cli::progress::progress_bar;
-use crate::error::ImageErrorCode;
+use crate::error::{ImageError, ImageErrorCode};
 use crate::page::{THUMBNAIL_SIDE, thumbnail};
 use crate::preprocess::{PixelLimits, decode};
 use crate::store::{ByteBudget, ImageStore};
@@ -23,13 +23,18 @@ use crate::store::{ByteBudget, ImageStore};
 pub(super) const IMAGES: usize = 60;
 /// Images that are fetched side by side.
 const FETCHES: usize = 16;
+/// The time of all together: a page without some pictures is better than none while a store is away.
+const ALL: Duration = Duration::from_secs(120);
 
-/// Small JPEGs of these images, or why there is none, in their order.
-pub(super) async fn thumbnails(app: &App, uris: &[&str]) -> Vec<Result<Vec<u8>, String>> {
+/// A small JPEG, or why there is none.
+pub(super) type Thumbnail = Result<Vec<u8>, ImageError>;
+
+/// Small JPEGs of these images, in their order.
+pub(super) async fn thumbnails(app: &App, uris: &[&str]) -> Vec<Thumbnail> {
     let limits = app.settings.image_limits();
     let store = match app.images_for(uris.iter().copied()).await {
         Ok(store) => store,
-        Err(error) => return vec![Err(format!("{error:#}")); uris.len()],
+        Err(error) => return vec![Err(internal(&format!("{error:#}"))); uris.len()],
     };
     let source = Source {
         store,
@@ -37,6 +42,7 @@ pub(super) async fn thumbnails(app: &App, uris: &[&str]) -> Vec<Result<Vec<u8>, 
         pixels: PixelLimits { max_pixels: limits.image_pixels },
         decoders: Arc::new(Semaphore::new(limits.decoders.max(1))),
         time: limits.image_time,
+        end: Instant::now() + ALL,
     };
     let bar = progress_bar(uris.len(), "thumbnails");
     let (one, bar_of_one) = (&source, &bar);
@@ -56,25 +62,34 @@ struct Source {
     pixels: PixelLimits,
     decoders: Arc<Semaphore>,
     time: Duration,
+    end: Instant,
+}
+
+fn internal(what: &str) -> ImageError {
+    ImageError::new(ImageErrorCode::Internal, what)
 }
 
 impl Source {
-    async fn within_time(&self, uri: &str) -> Result<Vec<u8>, String> {
+    async fn within_time(&self, uri: &str) -> Thumbnail {
+        let own = Instant::now() + self.time;
         let late = |_| {
-            let seconds = self.time.as_secs_f64();
-            let code = ImageErrorCode::Timeout;
-            Err(format!("{code}: not there within {seconds} s (limits.image_seconds)"))
+            let message = match own < self.end {
+                true => {
+                    format!("not there within {} s (limits.image_seconds)", self.time.as_secs_f64())
+                }
+                false => format!("all pictures together have {} s", ALL.as_secs()),
+            };
+            Err(ImageError::new(ImageErrorCode::Timeout, message))
         };
-        timeout(self.time, self.make(uri)).await.unwrap_or_else(late)
+        timeout_at(own.min(self.end), self.make(uri)).await.unwrap_or_else(late)
     }
 
-    async fn make(&self, uri: &str) -> Result<Vec<u8>, String> {
+    async fn make(&self, uri: &str) -> Thumbnail {
         let fetched = self.store.fetch(uri, &self.budget).await.map_err(|error| {
             // The card names the image already.
             let reason = error.message.strip_prefix(uri).unwrap_or(&error.message);
-            format!("{}: {}", error.code, reason.trim_start_matches([':', ' ']))
+            ImageError::new(error.code, reason.trim_start_matches([':', ' ']))
         })?;
-        let internal = |what: &str| format!("{}: {what}", ImageErrorCode::Internal);
         let decoder = Arc::clone(&self.decoders)
             .acquire_owned()
             .await
@@ -83,10 +98,10 @@ impl Source {
         tokio::task::spawn_blocking(move || {
             // Permit and bytes go with the thread, which may outlive the image's time.
             let _decoder = decoder;
-            let image = decode(&fetched.bytes, limits)
-                .map_err(|error| format!("{}: {}", error.code, error.message))?;
+            let image = decode(&fetched.bytes, limits)?;
             let (width, height) = image.dimensions();
-            thumbnail(&image, width, height, THUMBNAIL_SIDE).map_err(|error| error.to_string())
+            thumbnail(&image, width, height, THUMBNAIL_SIDE)
+                .map_err(|error| internal(&error.to_string()))
         })
         .await
         .unwrap_or_else(|_| Err(internal("the decoder panicked on this image")))

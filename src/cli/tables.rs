@@ -17,7 +17,7 @@ const NARROW_LABEL: usize = 12;
 const NARROW_ADDRESS: usize = 26;
 
 /// Prints to standard output. A reader that has seen enough, such as `head`, is no error.
-pub(in crate::cli) fn show(text: &str) -> std::io::Result<()> {
+pub(super) fn show(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
@@ -106,7 +106,7 @@ pub(super) fn narrow_address(uri: &str) -> String {
 }
 
 /// The start of a text, cut to `width` characters.
-pub(in crate::cli) fn start(text: &str, width: usize) -> String {
+pub(super) fn start(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.to_owned();
     }
@@ -115,13 +115,25 @@ pub(in crate::cli) fn start(text: &str, width: usize) -> String {
 }
 
 /// The end of a text, cut to `width` characters.
-pub(in crate::cli) fn end(text: &str, width: usize) -> String {
+pub(super) fn end(text: &str, width: usize) -> String {
     let length = text.chars().count();
     if length <= width {
         return text.to_owned();
     }
     let end: String = text.chars().skip(length - width + 1).collect();
     format!("…{end}")
+}
+
+/// A text that somebody else wrote, safe for a terminal: a control character could rewrite the
+/// screen.
+pub(super) fn plain(text: &str) -> String {
+    let safe = |c: char| if c.is_control() && c != '\n' { '\u{fffd}' } else { c };
+    text.chars().map(safe).collect()
+}
+
+/// The same on one line.
+pub(super) fn one_line(text: &str) -> String {
+    plain(text).replace('\n', " ")
 }
 
 /// Images without scores.
@@ -154,6 +166,12 @@ mod tests {
         assert_eq!(cut.chars().count(), ADDRESS);
         assert_eq!(label(&"ä".repeat(30)).chars().count(), LABEL);
         assert_eq!((given(None), given(Some("a"))), ("(unknown)".to_owned(), "a".to_owned()));
+    }
+
+    #[test]
+    fn what_others_wrote_cannot_rewrite_the_screen() {
+        assert_eq!(plain("a\x1b[2Jb\u{9b}31m\nc"), "a\u{fffd}[2Jb\u{fffd}31m\nc");
+        assert_eq!(one_line("a\nb\r"), "a b\u{fffd}");
     }
 
     #[test]
