@@ -17,14 +17,14 @@ mod letter;
 use std::time::Duration;
 
 use lapin::options::{BasicAckOptions, BasicGetOptions, BasicNackOptions, QueueDeclareOptions};
-use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
+use lapin::protocol::AMQPSoftError;
 use lapin::types::FieldTable;
-use lapin::{Channel, Connection, ErrorKind};
+use lapin::{Channel, Connection};
 use tokio::time::{Instant, sleep, timeout};
 
 pub use self::letter::DeadLetter;
 use super::publisher::{Published, Publisher};
-use super::{AmqpError, AmqpOptions, close, connect, put, short};
+use super::{AmqpError, AmqpOptions, close, connect, put, refused, short};
 
 /// Messages that a pass holds unacked at most. The broker keeps a record of each, and one `get` a
 /// message takes a millisecond or two: the pass stays far below the broker's `consumer_timeout`.
@@ -222,11 +222,15 @@ impl DeadLetters {
 async fn begin(connection: &Connection, queue: &str) -> Result<(Channel, u64), DeadError> {
     let channel = answer(connection.create_channel()).await?;
     match ready(&channel, queue).await {
-        Err(AmqpError::Broker(error)) if soft(&error) == Some(AMQPSoftError::NOTFOUND) => {
+        Err(AmqpError::Broker(error))
+            if refused(&error).is_some_and(|r| r.0 == AMQPSoftError::NOTFOUND) =>
+        {
             return Err(DeadError::NoQueue(queue.to_owned()));
         }
         counted => counted?,
     };
+    let is_locked =
+        |error: &lapin::Error| refused(error).is_some_and(|r| r.0 == AMQPSoftError::RESOURCELOCKED);
     let turn = format!("{queue}.reader");
     let end = Instant::now() + TURN;
     loop {
@@ -237,11 +241,8 @@ async fn begin(connection: &Connection, queue: &str) -> Result<(Channel, u64), D
         put(&mut arguments, "x-queue-type", "classic"); // Others cannot be exclusive.
         match answer(trying.queue_declare(short(&turn), exclusive, arguments)).await {
             Ok(_) => break,
-            Err(AmqpError::Broker(error))
-                if soft(&error) == Some(AMQPSoftError::RESOURCELOCKED) && Instant::now() < end => {}
-            Err(AmqpError::Broker(error))
-                if soft(&error) == Some(AMQPSoftError::RESOURCELOCKED) =>
-            {
+            Err(AmqpError::Broker(error)) if is_locked(&error) && Instant::now() < end => {}
+            Err(AmqpError::Broker(error)) if is_locked(&error) => {
                 let (queue, seconds) = (queue.to_owned(), TURN.as_secs());
                 return Err(DeadError::Busy { queue, seconds });
             }
@@ -263,15 +264,4 @@ async fn ready(channel: &Channel, queue: &str) -> Result<u64, AmqpError> {
 async fn answer<T>(call: impl Future<Output = Result<T, lapin::Error>>) -> Result<T, AmqpError> {
     let silent = AmqpError::Silent(ANSWER.as_secs());
     timeout(ANSWER, call).await.map_err(|_| silent)?.map_err(AmqpError::from)
-}
-
-/// What the broker refused, if the connection survived it.
-fn soft(error: &lapin::Error) -> Option<AMQPSoftError> {
-    match error.kind() {
-        ErrorKind::ProtocolError(e) => match e.kind() {
-            AMQPErrorKind::Soft(soft) => Some(soft.clone()),
-            AMQPErrorKind::Hard(_) => None,
-        },
-        _ => None,
-    }
 }
