@@ -115,13 +115,13 @@ fn letters(count: u64) -> String {
 
 /// A text that somebody else wrote, safe for a terminal: a control character could rewrite the
 /// screen.
-fn plain(text: &str) -> String {
+pub(super) fn plain(text: &str) -> String {
     let safe = |c: char| if c.is_control() && c != '\n' { '\u{fffd}' } else { c };
     text.chars().map(safe).collect()
 }
 
 /// The same on one line.
-fn one_line(text: &str) -> String {
+pub(super) fn one_line(text: &str) -> String {
     plain(text).replace('\n', " ")
 }
 
