@@ -360,6 +360,9 @@ async fn a_missing_bucket_of_the_class_sets_is_found() {
     let bucket = ("store", "bucket nowhere-at-all");
     told(&report, bucket, "problem", "no such bucket", "Make the bucket nowhere-at-all");
     told(&report, ("class sets", "classes.root"), "problem", "NoSuchBucket", "classes.root");
+    // Of a bucket that is not there nothing else can be said, and nothing is: no line on writes.
+    assert_eq!(wrong(&report), ["bucket nowhere-at-all", "classes.root"]);
+    assert!(!report.to_string().contains("conditional writes"), "{report:#}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

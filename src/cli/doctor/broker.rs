@@ -334,7 +334,8 @@ fn consumer_timeout(settings: &Settings) -> Check {
              away and closes the channel"
         ),
         format!(
-            "Lower limits.job_seconds, or raise it in the broker's rabbitmq.conf:\n  \
+            "Lower limits.job_seconds or shutdown.grace_seconds, or raise it in the broker's \
+             rabbitmq.conf:\n  \
              consumer_timeout = {millis}"
         ),
     )

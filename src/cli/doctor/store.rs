@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use futures_util::future::join_all;
 
-use super::report::Check;
+use super::report::{Check, State};
 use super::within;
 use crate::app::App;
 use crate::config::Settings;
@@ -34,12 +34,12 @@ pub(super) async fn check(app: &App) -> Vec<Check> {
     let looked = buckets.iter().map(async |bucket| {
         let probe = Probe::new(client.clone(), bucket);
         let root = root.as_ref().filter(|root| root.bucket == *bucket);
-        let (read, written) = tokio::join!(reading(settings, &probe, bucket, root), async {
-            match root {
-                Some(root) => writing(&probe, root).await,
-                None => None,
-            }
-        });
+        let read = reading(settings, &probe, bucket, root).await;
+        // Some stores refuse a condition for a bucket that is not there, which says nothing of it.
+        let written = match root {
+            Some(root) if read.state != State::Problem => writing(&probe, root).await,
+            _ => None,
+        };
         [Some(read), written]
     });
     checks.extend(join_all(looked).await.into_iter().flatten().flatten());
