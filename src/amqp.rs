@@ -6,6 +6,7 @@
 
 pub mod control;
 pub mod dead;
+pub mod inspect;
 pub mod publisher;
 pub mod topology;
 
@@ -14,7 +15,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Duration;
 
-use futures_io::AsyncRead;
+use futures_io::{AsyncRead, AsyncWrite};
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::tcp::{AsyncTcpStream, RustlsConnector};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
@@ -54,6 +55,9 @@ pub enum AmqpError {
     /// The client or the broker said no. No `source`: its text already holds the causes.
     #[error("{0}")]
     Broker(lapin::Error),
+    /// Another server.
+    #[error("what listens there does not speak AMQP 0-9-1")]
+    Foreign,
     /// No answer in time.
     #[error("the broker did not answer within {0} s")]
     Silent(u64),
@@ -129,16 +133,27 @@ const ALERT: Duration = Duration::from_secs(3);
 /// more, and only listening.
 async fn alert(uri: &AMQPUri, tls: &RustlsConnector) -> std::io::Error {
     let listening = async {
-        let runtime = lapin::runtime::default_runtime().map_err(std::io::Error::other)?;
-        let AMQPUri { authority, .. } = uri;
-        let address = runtime.to_socket_addrs((authority.host.clone(), authority.port));
-        let stream = AsyncTcpStream::connect(&runtime, address).await?;
-        let mut stream = stream.into_rustls(tls, &authority.host).await?;
+        let mut stream = dial(uri, Some(tls)).await?;
         poll_fn(|context| Pin::new(&mut stream).poll_read(context, &mut [0])).await
     };
     match listening.await {
         Ok(_) => std::io::ErrorKind::UnexpectedEof.into(),
         Err(error) => error,
+    }
+}
+
+/// A connection to the broker's address on which nothing has been said.
+async fn dial(
+    uri: &AMQPUri,
+    tls: Option<&RustlsConnector>,
+) -> std::io::Result<impl AsyncRead + AsyncWrite + Unpin + Send + use<>> {
+    let runtime = lapin::runtime::default_runtime().map_err(std::io::Error::other)?;
+    let AMQPUri { authority, .. } = uri;
+    let address = runtime.to_socket_addrs((authority.host.clone(), authority.port));
+    let stream = AsyncTcpStream::connect(&runtime, address).await?;
+    match tls {
+        Some(tls) => stream.into_rustls(tls, &authority.host).await,
+        None => Ok(stream),
     }
 }
 
@@ -159,6 +174,17 @@ async fn tls(options: &AmqpOptions) -> Result<RustlsConnector, AmqpError> {
 pub(crate) async fn close(connection: &Connection) {
     let closing = connection.close(200, "done".into());
     let _ = tokio::time::timeout(Duration::from_secs(5), closing).await;
+}
+
+/// What the broker refused and its words, if the connection survived it.
+pub(crate) fn refused(error: &lapin::Error) -> Option<(AMQPSoftError, &str)> {
+    match error.kind() {
+        ErrorKind::ProtocolError(e) => match e.kind() {
+            AMQPErrorKind::Soft(soft) => Some((soft.clone(), e.get_message().as_str())),
+            AMQPErrorKind::Hard(_) => None,
+        },
+        _ => None,
+    }
 }
 
 /// A pause that doubles from 0.2 s to 15 s, with jitter so that a fleet does not return at once.
@@ -191,17 +217,6 @@ pub(crate) fn short(text: &str) -> ShortString {
         let end = (0..=255).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0);
         ShortString::try_new(&text[..end]).unwrap_or_default()
     })
-}
-
-/// What the broker refused, if the connection survived it.
-pub(crate) fn refused(error: &lapin::Error) -> Option<AMQPSoftError> {
-    match error.kind() {
-        ErrorKind::ProtocolError(e) => match e.kind() {
-            AMQPErrorKind::Soft(soft) => Some(soft.clone()),
-            AMQPErrorKind::Hard(_) => None,
-        },
-        _ => None,
-    }
 }
 
 /// Where a quorum queue tells how often a message was delivered before without being acked.

@@ -45,7 +45,11 @@ impl App {
         Self { settings, s3: OnceCell::new() }
     }
 
-    async fn s3_client(&self) -> Result<aws_sdk_s3::Client> {
+    /// The one client of the store; its requests are not made yet.
+    ///
+    /// # Errors
+    /// If `s3.ca_file` cannot be used.
+    pub async fn s3_client(&self) -> Result<aws_sdk_s3::Client> {
         let options = self.settings.s3_options();
         Ok(self.s3.get_or_try_init(|| async { s3::client(&options).await }).await?.clone())
     }

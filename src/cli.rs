@@ -6,6 +6,7 @@ mod classes;
 mod classify;
 mod collect;
 mod dead;
+mod doctor;
 mod each;
 mod enqueue;
 mod gather;
@@ -66,6 +67,7 @@ enum Command {
     Classes(classes::ClassesCommand),
     #[command(subcommand)]
     Dead(dead::DeadCommand),
+    Doctor(doctor::Doctor),
     Bench(bench::Bench),
     /// Print the default settings, with what each means: a start for angler.toml
     DefaultSettings,
@@ -81,11 +83,19 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 #[error("{0}")]
 pub(crate) struct UsageError(pub String);
 
+/// The command has told already what was wrong; only its exit code is left.
+#[derive(Debug, thiserror::Error)]
+#[error("exit code {0}")]
+pub(crate) struct Said(pub u8);
+
 /// Runs the command; yields the exit code.
 pub fn main(cli: Cli) -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            if let Some(Said(code)) = error.downcast_ref() {
+                return ExitCode::from(*code);
+            }
             eprintln!("error: {error:#}");
             let usage = error.chain().any(|e| e.is::<SettingsError>() || e.is::<UsageError>());
             ExitCode::from(if usage { 2 } else { 1 })
@@ -107,18 +117,29 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         let name = name.map(|v| v.get_name().to_owned()).unwrap_or_default();
         set.push(("embedder.backend".to_owned(), name));
     }
-    let mut settings = Settings::load(config.as_deref(), &set)?;
+    // Settings that cannot be used are one of the doctor's findings.
+    let unusable = |error: anyhow::Error| match &cli.command {
+        Command::Doctor(doctor) => doctor.unusable(&error.to_string()),
+        _ => error,
+    };
+    let mut settings =
+        Settings::load(config.as_deref(), &set).map_err(|error| unusable(error.into()))?;
     // It opens back ends and connections by the dozen, and its report says what ran.
     if matches!(cli.command, Command::Bench(_)) && settings.log.level == "info" {
         settings.log.level = "warn".to_owned();
     }
-    telemetry::start(&settings.log).map_err(UsageError)?;
+    // What a library has to say of a back end that is missing is in its report, too.
+    if matches!(cli.command, Command::Doctor(_)) && settings.log.level == "info" {
+        settings.log.level = "off".to_owned();
+    }
+    telemetry::start(&settings.log).map_err(|error| unusable(UsageError(error).into()))?;
     let app = App::new(settings);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         match cli.command {
             Command::Classify(command) => command.run(&app).await,
             Command::Report(command) => command.run(&app).await,
+            Command::Doctor(command) => command.run(&app, config.as_deref()).await,
             Command::Bench(command) => command.run(&app).await,
             Command::Worker(command) => command.run(&app).await,
             Command::Enqueue(command) => Box::pin(command.run(&app)).await,

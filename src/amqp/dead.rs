@@ -222,11 +222,15 @@ impl DeadLetters {
 async fn begin(connection: &Connection, queue: &str) -> Result<(Channel, u64), DeadError> {
     let channel = answer(connection.create_channel()).await?;
     match ready(&channel, queue).await {
-        Err(AmqpError::Broker(error)) if refused(&error) == Some(AMQPSoftError::NOTFOUND) => {
+        Err(AmqpError::Broker(error))
+            if refused(&error).is_some_and(|r| r.0 == AMQPSoftError::NOTFOUND) =>
+        {
             return Err(DeadError::NoQueue(queue.to_owned()));
         }
         counted => counted?,
     };
+    let is_locked =
+        |error: &lapin::Error| refused(error).is_some_and(|r| r.0 == AMQPSoftError::RESOURCELOCKED);
     let turn = format!("{queue}.reader");
     let end = Instant::now() + TURN;
     loop {
@@ -237,12 +241,8 @@ async fn begin(connection: &Connection, queue: &str) -> Result<(Channel, u64), D
         put(&mut arguments, "x-queue-type", "classic"); // Others cannot be exclusive.
         match answer(trying.queue_declare(short(&turn), exclusive, arguments)).await {
             Ok(_) => break,
-            Err(AmqpError::Broker(error))
-                if refused(&error) == Some(AMQPSoftError::RESOURCELOCKED)
-                    && Instant::now() < end => {}
-            Err(AmqpError::Broker(error))
-                if refused(&error) == Some(AMQPSoftError::RESOURCELOCKED) =>
-            {
+            Err(AmqpError::Broker(error)) if is_locked(&error) && Instant::now() < end => {}
+            Err(AmqpError::Broker(error)) if is_locked(&error) => {
                 let (queue, seconds) = (queue.to_owned(), TURN.as_secs());
                 return Err(DeadError::Busy { queue, seconds });
             }

@@ -6,11 +6,11 @@
 use std::time::Duration;
 
 use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
-use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
+use lapin::protocol::AMQPSoftError;
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{Channel, Connection, ErrorKind, ExchangeKind};
+use lapin::{Channel, Connection, ExchangeKind};
 
-use super::{put, short};
+use super::{put, refused, short};
 
 /// How often the broker hands out a job whose worker dies before it dead-letters it.
 ///
@@ -59,13 +59,8 @@ impl Topology {
         self.jobs.strip_suffix(".jobs").unwrap_or(&self.jobs)
     }
 
-    /// Declares everything. Yields a sentence for each queue that exists with other arguments; such
-    /// a queue is used as it is.
-    ///
-    /// # Errors
-    /// What the broker said, if it was anything else.
-    pub async fn declare(&self, connection: &Connection) -> Result<Vec<String>, lapin::Error> {
-        let mut mismatches = Vec::new();
+    /// Every queue with the arguments that it is declared with, those that others lead to first.
+    pub(super) fn queues(&self) -> Vec<(String, FieldTable)> {
         let dead_letters_to = |target: &str| {
             let mut arguments = quorum();
             // The default exchange routes by queue name.
@@ -92,7 +87,22 @@ impl Topology {
             retry.insert(short("x-message-ttl"), AMQPValue::LongLongInt(millis));
             queues.push((self.retry_queue(delay), retry));
         }
-        for (name, arguments) in queues {
+        queues
+    }
+
+    /// The names of all queues.
+    pub fn queue_names(&self) -> Vec<String> {
+        self.queues().into_iter().map(|(name, _)| name).collect()
+    }
+
+    /// Declares everything. Yields a sentence for each queue that exists with other arguments; such
+    /// a queue is used as it is.
+    ///
+    /// # Errors
+    /// What the broker said, if it was anything else.
+    pub async fn declare(&self, connection: &Connection) -> Result<Vec<String>, lapin::Error> {
+        let mut mismatches = Vec::new();
+        for (name, arguments) in self.queues() {
             // A refusal closes the channel, so each declaration has its own.
             let channel = connection.create_channel().await?;
             let declared = channel
@@ -137,14 +147,9 @@ fn quorum() -> FieldTable {
 
 /// The sentence for an object that exists with other arguments; any other error is passed on.
 fn mismatch(name: &str, error: lapin::Error) -> Result<String, lapin::Error> {
-    match error.kind() {
-        ErrorKind::ProtocolError(e)
-            if *e.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) =>
-        {
-            Ok(format!(
-                "{name} exists with other arguments and is used as it is: {}",
-                e.get_message()
-            ))
+    match refused(&error) {
+        Some((AMQPSoftError::PRECONDITIONFAILED, message)) => {
+            Ok(format!("{name} exists with other arguments and is used as it is: {message}"))
         }
         _ => Err(error),
     }

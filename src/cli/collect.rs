@@ -13,7 +13,7 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::UsageError;
-use super::classes::tables::show;
+use super::tables::show;
 use super::output;
 use super::progress::progress_bar;
 use crate::amqp::connect;

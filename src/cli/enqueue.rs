@@ -12,7 +12,7 @@ use indicatif::{MultiProgress, ProgressBar};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use super::classes::tables::show;
+use super::tables::show;
 use super::collect::{Collecting, Limits};
 use super::gather::has_image_ending;
 use super::progress::progress_bar;

@@ -5,6 +5,7 @@
 //! it has its share of the byte budget. Class sets live in `objects`.
 
 mod objects;
+pub mod probe;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use angler::error::{ImageError, ImageErrorCode};
+use angler::store::s3::probe::{ConditionalWrite, Probe, Refusal};
 use angler::store::s3::{S3Images, S3Objects, S3Options, S3Uri};
 use angler::store::{
     ByteBudget, ETag, Fetched, Got, ImageStore, ObjectError, ObjectStore, SMALL_OBJECT_BYTES,
@@ -352,4 +353,45 @@ async fn what_is_known_is_asked_for_once() {
     assert_eq!((got, server.requests()), (Got::Unchanged, 1));
     let head = server.heads.lock().unwrap()[0].clone();
     assert!(head.contains("\r\nif-none-match: \"seen\""), "{head}");
+}
+
+#[tokio::test]
+async fn a_store_that_passes_over_conditions_is_found_out_and_left_as_it_was() {
+    let ask = async |answers: Vec<&str>| {
+        let answers = answers.into_iter().map(|answer| answer.as_bytes().to_vec()).collect();
+        let server = Server::script(answers, true).await;
+        let probe = Probe::new(client(&server.url), "b");
+        let answer = soon("an answer", probe.conditional_write("classes/.probe")).await;
+        let head = server.heads.lock().unwrap()[0].clone();
+        assert!(head.starts_with("PUT ") && head.contains("\r\nif-match: "), "{head}");
+        (answer, server.methods())
+    };
+    let empty = |status: &str| {
+        format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+    };
+    let (written, gone) = (empty("200 OK"), empty("204 No Content"));
+    let (answer, methods) = ask(vec![&written, &gone]).await;
+    assert_eq!(answer, Ok(ConditionalWrite::Ignored));
+    assert_eq!(methods, ["PUT", "DELETE"]);
+    // The answer is a gateway's, and the write took place.
+    let (answer, methods) = ask(vec![&empty("502 Bad Gateway"), &written, &gone]).await;
+    assert_eq!(answer, Ok(ConditionalWrite::Ignored));
+    assert_eq!(methods, ["PUT", "GET", "DELETE"]);
+    let denied = empty("403 Forbidden");
+    let (answer, _) = ask(vec![&written, &denied]).await;
+    let Ok(ConditionalWrite::Left(what)) = answer else { panic!("{answer:?}") };
+    assert!(what.contains("s3://b/classes/.probe"), "{what}");
+    for (status, wanted) in [
+        ("412 Precondition Failed", Ok(ConditionalWrite::Refused)),
+        (
+            "501 Not Implemented",
+            Ok(ConditionalWrite::Unknown("501 without an error code".to_owned())),
+        ),
+        ("403 Forbidden", Err(Refusal::Denied("403 without an error code".to_owned()))),
+    ] {
+        let (answer, methods) = ask(vec![&empty(status)]).await;
+        assert_eq!(answer, wanted, "{status}");
+        // Sent once, whatever the answer.
+        assert_eq!(methods, ["PUT"], "{status}");
+    }
 }
