@@ -16,6 +16,7 @@ mod progress;
 mod report;
 mod tables;
 mod thumbnails;
+mod shell;
 mod worker;
 
 use std::path::PathBuf;
@@ -71,6 +72,8 @@ enum Command {
     Bench(bench::Bench),
     /// Print the default settings, with what each means: a start for angler.toml
     DefaultSettings,
+    Completions(shell::CompletionsCommand),
+    Man(shell::ManCommand),
 }
 
 fn key_value(text: &str) -> Result<(String, String), String> {
@@ -104,9 +107,15 @@ pub fn main(cli: Cli) -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    if let Command::DefaultSettings = cli.command {
-        print!("{}", crate::config::DEFAULTS);
-        return Ok(());
+    // These tell of angler itself and read no settings.
+    match &cli.command {
+        Command::DefaultSettings => {
+            print!("{}", crate::config::DEFAULTS);
+            return Ok(());
+        }
+        Command::Completions(command) => return command.run(),
+        Command::Man(command) => return command.run(),
+        _ => {}
     }
     let Global { config, setting: mut set, model, backend } = cli.global;
     if let Some(model) = model {
@@ -146,7 +155,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Collect(command) => Box::pin(command.run(&app)).await,
             Command::Classes(command) => command.run(&app).await,
             Command::Dead(command) => command.run(&app).await,
-            Command::DefaultSettings => Ok(()),
+            // Done above.
+            Command::DefaultSettings | Command::Completions(_) | Command::Man(_) => Ok(()),
         }
     });
     // Blocking threads that still decode an image nobody waits for do not hold up the exit.

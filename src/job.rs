@@ -5,12 +5,14 @@
 
 mod embedding;
 mod image;
+mod object;
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 pub use self::embedding::{Embedding, decode_embedding};
+use self::object::Object;
 use crate::error::{Failure, FailureCode, ImageError};
 
 /// AMQP property `type` of a job.
@@ -86,11 +88,17 @@ struct Draft {
     min_score: Option<f32>,
     #[serde(default)]
     embeddings: bool,
+    #[serde(default, deserialize_with = "run")]
     run: Option<Run>,
 }
 
 fn one() -> u64 {
     1
+}
+
+fn run<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Run>, D::Error> {
+    let run = Option::<Object<Run>>::deserialize(deserializer)?;
+    Ok(run.map(|Object(run)| run))
 }
 
 impl Job {
@@ -112,7 +120,7 @@ impl Job {
                 limits.message_bytes
             )));
         }
-        let draft: Draft = serde_json::from_slice(body)
+        let Object(draft) = serde_json::from_slice::<Object<Draft>>(body)
             .map_err(|e| malformed(format!("the message is not a job: {e}")))?;
         let id = draft.id.or_else(|| message_id.map(str::to_owned)).ok_or_else(|| {
             malformed("the job has neither an `id` nor a message_id property".to_owned())
@@ -449,6 +457,17 @@ mod tests {
         assert_eq!(many.code, FailureCode::TooManyImages);
         let long = Job::parse(&[b' '; 10_001], None, LIMITS).unwrap_err();
         assert!(long.message.contains("message_bytes"), "{long}");
+    }
+
+    #[test]
+    fn fields_in_their_order_are_no_object() {
+        for body in [
+            r#"["j", ["s3://b/k"], "s", 1, null, false, null]"#,
+            r#"{"id": "j", "images": ["s3://b/k"], "classes": "s", "run": ["nightly", 1, 0]}"#,
+        ] {
+            let failure = Job::parse(body.as_bytes(), None, LIMITS).expect_err(body);
+            assert!(failure.message.contains("expected an object"), "{failure}");
+        }
     }
 
     #[test]

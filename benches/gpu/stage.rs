@@ -122,6 +122,7 @@ impl Stage {
             allow_fallback: false,
             scoring: wish.scoring,
             graph_bytes: wish.graph_bytes.unwrap_or(PLENTY),
+            cuda: embed::onnxruntime::CudaOptions::default(),
             onnxruntime_library: self.library.clone(),
         };
         Ok(embed::open(model, &options)?)

@@ -163,7 +163,7 @@ impl Rig {
             between().await;
             for next in versions {
                 let at = Instant::now();
-                announce(&engine, &next);
+                announce(&engine, &next).await;
                 let last = replace(&served, next);
                 // Some batches on, every image is one of the new version.
                 answers(8 * batch).await;
@@ -212,9 +212,15 @@ impl Rig {
     }
 }
 
-/// What a worker does when it has loaded a version that it will serve. So far nothing is done ahead:
-/// each session makes its copy at the first batch that wants it.
-fn announce(_engine: &Engine, _next: &Arc<ClassVectors>) {}
+/// What a worker does when it has loaded a version that it will serve: it is uploaded beside the one
+/// that is served.
+async fn announce(engine: &Engine, next: &Arc<ClassVectors>) {
+    let (memories, next) = (engine.class_memories().to_vec(), Arc::clone(next));
+    let uploading = tokio::task::spawn_blocking(move || {
+        memories.iter().for_each(|memory| memory.upload(&next));
+    });
+    let _ = uploading.await; // What is not there is scored on the host.
+}
 
 type Served = RwLock<Option<Arc<ClassVectors>>>;
 

@@ -1,0 +1,15 @@
+//! The contracts in `docs/` say what the code does: JSON Schemas of the messages, and the AsyncAPI document.
+//!
+//! The schemas are written by hand, for people who write producers and consumers. That they agree with the types is checked
+//! here, by a validator that knows nothing of them (Python's `jsonschema`): what one accepts, the other reads.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // In tests a panic is the report.
+
+mod asyncapi;
+mod control;
+mod job;
+#[path = "../support/mod.rs"]
+mod support;
+
+mod result;
+mod schema;
