@@ -14,9 +14,9 @@ mod html;
 mod output;
 mod progress;
 mod report;
+mod shell;
 mod tables;
 mod thumbnails;
-mod shell;
 mod worker;
 
 use std::path::PathBuf;

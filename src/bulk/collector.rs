@@ -193,7 +193,9 @@ impl Taking<'_> {
             channel.basic_consume(short(queue), short(""), options, FieldTable::default());
         match answer(consuming).await {
             Ok(consumer) => Ok((channel, consumer)),
-            Err(AmqpError::Broker(error)) if refused(&error).is_some_and(|r| r.0 == AMQPSoftError::NOTFOUND) => {
+            Err(AmqpError::Broker(error))
+                if refused(&error).is_some_and(|r| r.0 == AMQPSoftError::NOTFOUND) =>
+            {
                 let (run, queue) = (self.run.to_owned(), queue.clone());
                 Err(Failed::Final(CollectError::NoRun { run, queue }))
             }

@@ -97,7 +97,9 @@ impl RunQueues {
         let channel = answer(connection.create_channel()).await?;
         let by_hand = BasicGetOptions { no_ack: false };
         let got = match answer(channel.basic_get(short(&self.sent), by_hand)).await {
-            Err(AmqpError::Broker(error)) if refused(&error).is_some_and(|r| r.0 == AMQPSoftError::NOTFOUND) => {
+            Err(AmqpError::Broker(error))
+                if refused(&error).is_some_and(|r| r.0 == AMQPSoftError::NOTFOUND) =>
+            {
                 return Ok(None);
             }
             got => got?,
@@ -152,7 +154,9 @@ pub async fn ready(connection: &Connection, queue: &str) -> Result<Option<u64>, 
             answer(channel.close(200, "done".into())).await?;
             Ok(Some(queue.message_count().into()))
         }
-        Err(AmqpError::Broker(error)) if refused(&error).is_some_and(|r| r.0 == AMQPSoftError::NOTFOUND) => {
+        Err(AmqpError::Broker(error))
+            if refused(&error).is_some_and(|r| r.0 == AMQPSoftError::NOTFOUND) =>
+        {
             Ok(None)
         }
         Err(error) => Err(error),

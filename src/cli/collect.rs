@@ -13,9 +13,9 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::UsageError;
-use super::tables::show;
 use super::output;
 use super::progress::progress_bar;
+use super::tables::show;
 use crate::amqp::connect;
 use crate::amqp::dead::Filter;
 use crate::app::App;

@@ -23,7 +23,7 @@ use clap::Args;
 
 use self::report::{Check, Report};
 use super::Said;
-use super::classes::tables::show;
+use super::tables::show;
 use crate::app::App;
 
 /// What one question may take.

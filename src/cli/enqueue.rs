@@ -12,10 +12,10 @@ use indicatif::{MultiProgress, ProgressBar};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use super::tables::show;
 use super::collect::{Collecting, Limits};
 use super::gather::has_image_ending;
 use super::progress::progress_bar;
+use super::tables::show;
 use super::{UsageError, output};
 use crate::app::{App, is_s3};
 use crate::bulk::enqueuer::{Plan, Step, enqueue};
@@ -127,7 +127,7 @@ impl Enqueue {
         };
         match self.dry_run {
             true => self.show_plan(&plan, &images, &version),
-            false => self.send(app, &plan, &mut images, &stop).await,
+            false => Box::pin(self.send(app, &plan, &mut images, &stop)).await,
         }
     }
 
@@ -305,7 +305,7 @@ impl Enqueue {
                     limits: &self.limits,
                     bar: done,
                 };
-                let (sent, collected) = collecting.beside(sending, stop).await;
+                let (sent, collected) = Box::pin(collecting.beside(sending, stop)).await;
                 (sent, Some(collected))
             }
         };
