@@ -88,7 +88,12 @@ impl Batcher {
     pub async fn run(mut self) {
         let mut batch = Growing::default();
         loop {
-            let idle = *self.in_flight_seen.borrow_and_update() < self.lanes.load(Ordering::SeqCst);
+            let in_flight = *self.in_flight_seen.borrow_and_update();
+            let lanes = self.lanes.load(Ordering::SeqCst);
+            if lanes == 0 {
+                return; // The last one broke: what waits is answered by being dropped.
+            }
+            let idle = in_flight < lanes;
             let draining = *self.draining.borrow_and_update();
             let images = batch.written.len();
             let forming = Forming { images, waited: batch.oldest.elapsed(), idle, draining };
