@@ -4,9 +4,11 @@
 //! pause, for as long as it takes. Consuming and publishing have a connection each, so that a
 //! broker that blocks publishers (memory or disk alarm) does not stop acks.
 
+pub mod ask;
 pub mod control;
 pub mod dead;
 pub mod inspect;
+pub mod pass;
 pub mod publisher;
 pub mod topology;
 
@@ -221,6 +223,9 @@ pub(crate) fn short(text: &str) -> ShortString {
 
 /// Where a quorum queue tells how often a message was delivered before without being acked.
 pub(crate) const DELIVERY_COUNT: &str = "x-delivery-count";
+
+/// The queue of jobs that a dead letter came from, so that it goes back there.
+pub(crate) const JOBS_QUEUE: &str = "angler-jobs-queue";
 
 /// When a worker gave a job up, RFC 3339.
 pub(crate) const DIED_AT: &str = "angler-died-at";

@@ -9,12 +9,14 @@ use anyhow::{Context, Result};
 use tokio::sync::OnceCell;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::amqp::AmqpOptions;
 use crate::amqp::control::{ControlClient, ControlListener};
 use crate::amqp::dead::{DeadError, DeadLetters};
 use crate::amqp::publisher::Publisher;
+use crate::bulk::cancelled::CancelledRuns;
 use crate::classes::catalog::Catalog;
 use crate::classes::shadow::Shadow;
-use crate::config::{Settings, redacted};
+use crate::config::{Lane, Settings, redacted};
 use crate::embed;
 use crate::engine::Engine;
 use crate::health::Readiness;
@@ -25,6 +27,7 @@ use crate::sink::ResultSink;
 use crate::sink::amqp::AmqpSink;
 use crate::source::JobSource;
 use crate::source::amqp::AmqpSource;
+use crate::source::lanes::Lanes;
 use crate::store::local::{LocalImages, LocalObjects};
 use crate::store::s3::{self, S3Images, S3Objects, S3Uri};
 use crate::store::shared::SharedImages;
@@ -183,6 +186,39 @@ impl App {
         Publisher::new(s.amqp_options(command), s.topology())
     }
 
+    /// Publishes results, retries and dead letters, of all queues of jobs.
+    fn result_publisher(&self, options: &AmqpOptions) -> Publisher {
+        let s = &self.settings;
+        let publisher = Publisher::new(options.clone(), s.topology());
+        let others = s.amqp.jobs_queue.iter().skip(1);
+        others.fold(publisher, |publisher, lane| publisher.and(s.topology_of(lane)))
+    }
+
+    /// Jobs from the queue, or from several by their weights.
+    fn source(
+        &self,
+        options: &AmqpOptions,
+        publisher: &Arc<Publisher>,
+        readiness: &Arc<Readiness>,
+    ) -> Box<dyn JobSource> {
+        let s = &self.settings;
+        let of = |lane: &Lane| -> Box<dyn JobSource> {
+            Box::new(AmqpSource::new(
+                options.clone(),
+                s.topology_of(lane),
+                s.amqp.prefetch,
+                s.job_limits(),
+                Arc::clone(publisher),
+                Arc::clone(readiness),
+            ))
+        };
+        let lanes = &s.amqp.jobs_queue;
+        match lanes.iter().len() {
+            1 => of(lanes.first()),
+            _ => Box::new(Lanes::new(lanes.iter().map(|lane| (of(lane), lane.weight)).collect())),
+        }
+    }
+
     /// What a worker is told; `jobs_in_flight` bounds admitted jobs.
     pub fn worker_options(
         &self,
@@ -199,6 +235,7 @@ impl App {
             grace: Duration::from_secs(s.shutdown.grace_seconds),
             retry: s.retry_schedule(),
             shadow: None,
+            cancellations: None,
         }
     }
 
@@ -242,15 +279,8 @@ impl App {
         let pipeline = Arc::new(pipeline.watched_by(Arc::new(self.outage())));
         tracing::info!(broker = redacted(&s.amqp.url), worker = name, "connecting");
         let options = s.amqp_options(&name);
-        let publisher = Arc::new(Publisher::new(options.clone(), s.topology()));
-        let source: Box<dyn JobSource> = Box::new(AmqpSource::new(
-            options,
-            s.topology(),
-            s.amqp.prefetch,
-            s.job_limits(),
-            Arc::clone(&publisher),
-            Arc::clone(&readiness),
-        ));
+        let publisher = Arc::new(self.result_publisher(&options));
+        let source = self.source(&options, &publisher, &readiness);
         let sink: Arc<dyn ResultSink> = Arc::new(AmqpSink::new(
             Arc::clone(&publisher),
             s.amqp.results_queue.clone(),
@@ -284,8 +314,11 @@ impl App {
             let loading = async move { load_shadow(&catalog, &shadow, poll).await };
             followers.push(AbortOnDropHandle::new(tokio::spawn(loading)));
         }
-        let mut options = self.worker_options(&name, model, usize::from(s.amqp.prefetch));
+        let jobs = usize::from(s.amqp.prefetch) * s.amqp.jobs_queue.iter().len();
+        let mut options = self.worker_options(&name, model, jobs);
         options.shadow = shadow;
+        let first = s.amqp.jobs_queue.first().queue.clone();
+        options.cancellations = Some(Arc::new(CancelledRuns::new(Arc::clone(&publisher), first)));
         let worker = Worker::new(source, sink, pipeline, Arc::clone(&catalog), options);
         Ok(Daemon { worker, publisher, engine, followers })
     }

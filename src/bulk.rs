@@ -5,10 +5,13 @@
 //! images is made anew from the same source by whoever continues it ([`spool`]), and recognised by
 //! its digest.
 
+pub mod cancelled;
 pub mod collector;
 pub mod enqueuer;
 pub mod journal;
 pub mod manifest;
 pub mod queues;
+mod reconnect;
+pub mod registry;
 pub mod spool;
 pub mod table;

@@ -14,6 +14,7 @@ mod html;
 mod output;
 mod progress;
 mod report;
+mod runs;
 mod shell;
 mod tables;
 mod thumbnails;
@@ -64,6 +65,8 @@ enum Command {
     Worker(worker::WorkerCommand),
     Enqueue(enqueue::Enqueue),
     Collect(collect::Collect),
+    #[command(subcommand)]
+    Runs(runs::RunsCommand),
     #[command(subcommand)]
     Classes(classes::ClassesCommand),
     #[command(subcommand)]
@@ -153,6 +156,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Worker(command) => command.run(&app).await,
             Command::Enqueue(command) => Box::pin(command.run(&app)).await,
             Command::Collect(command) => Box::pin(command.run(&app)).await,
+            Command::Runs(command) => command.run(&app).await,
             Command::Classes(command) => command.run(&app).await,
             Command::Dead(command) => command.run(&app).await,
             // Done above.

@@ -2,11 +2,15 @@
 //!
 //! Every layer is checked by the same types; an unknown key is an error in any of them.
 
+mod lanes;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use config::{Config, Environment, File, FileFormat};
 use serde::Deserialize;
+
+pub use self::lanes::{Lane, Lanes};
 
 use crate::amqp::topology::Topology;
 use crate::amqp::{AmqpOptions, parse_url};
@@ -86,7 +90,7 @@ section!(/** `[classes]` */ ClassesSettings {
 });
 section!(/** `[amqp]` */ AmqpSettings {
     url: String,
-    jobs_queue: String,
+    jobs_queue: Lanes,
     results_queue: String,
     dead_queue: String,
     control_exchange: String,
@@ -308,11 +312,16 @@ impl Settings {
         }
     }
 
-    /// The queues.
+    /// The queues around the first queue of jobs.
     pub fn topology(&self) -> Topology {
+        self.topology_of(self.amqp.jobs_queue.first())
+    }
+
+    /// The queues around one queue of jobs.
+    pub fn topology_of(&self, lane: &Lane) -> Topology {
         let a = &self.amqp;
         Topology {
-            jobs: a.jobs_queue.clone(),
+            jobs: lane.queue.clone(),
             results: a.results_queue.clone(),
             dead: a.dead_queue.clone(),
             control_exchange: a.control_exchange.clone(),
@@ -366,9 +375,10 @@ impl Settings {
 }
 
 /// The keys whose values are lists: in the environment and in flags they are split at commas.
-const LISTS: [&str; 5] = [
+const LISTS: [&str; 6] = [
     "embedder.devices",
     "classes.preload",
+    "amqp.jobs_queue",
     "amqp.reply_to_allow",
     "s3.allowed_buckets",
     "retry.delays_seconds",
@@ -459,11 +469,28 @@ mod tests {
         ];
         let flags = [("amqp.prefetch", "4"), ("retry.delays_seconds", "0.5,2")];
         let s = load(Some(file), &env, &flags).unwrap();
-        assert_eq!((s.amqp.prefetch, s.amqp.jobs_queue.as_str()), (4, "from-file"));
+        assert_eq!((s.amqp.prefetch, s.amqp.jobs_queue.names().as_str()), (4, "from-file"));
         assert_eq!((s.s3.concurrency, s.amqp.url.as_str()), (7, "amqp://u:p@h/"));
         assert_eq!(s.s3.allowed_buckets, ["a", "b"]);
         assert_eq!(s.embedder.devices, [0, 1]);
         assert_eq!(s.retry.delays_seconds, [0.5, 2.0]);
+    }
+
+    #[test]
+    fn several_queues_of_jobs_come_from_any_layer() {
+        let lanes = |s: Settings| {
+            let lanes = s.amqp.jobs_queue.iter();
+            lanes.map(|lane| (lane.queue.clone(), lane.weight)).collect::<Vec<_>>()
+        };
+        let both = [("quick".to_owned(), 8), ("bulk".to_owned(), 1)];
+        let file = "[amqp]\njobs_queue = [\"quick:8\", \"bulk\"]";
+        assert_eq!(lanes(load(Some(file), &[], &[]).unwrap()), both);
+        let env = [("ANGLER__AMQP__JOBS_QUEUE", "quick:8,bulk")];
+        assert_eq!(lanes(load(Some(""), &env, &[]).unwrap()), both);
+        let flag = [("amqp.jobs_queue", "quick:8, bulk")];
+        assert_eq!(lanes(load(Some(""), &[], &flag).unwrap()), both);
+        let one = [("ANGLER__AMQP__JOBS_QUEUE", "only")];
+        assert_eq!(lanes(load(Some(file), &one, &[]).unwrap()), [("only".to_owned(), 1)]);
     }
 
     #[test]
@@ -490,6 +517,8 @@ mod tests {
             ("[classes]\npoll_seconds = 0", "classes.poll_seconds"),
             ("[amqp]\nclient_key_file = \"k\"", "amqp.client_cert_file"),
             ("[amqp]\nprefetch = 70000", "prefetch"),
+            ("[amqp]\njobs_queue = []", "amqp.jobs_queue"),
+            ("[amqp]\njobs_queue = [\"a\", \"a:2\"]", "amqp.jobs_queue names a twice"),
             ("[amqp]\nurl = \"http://h\"", "amqp.url"),
         ] {
             let message = refused(file);

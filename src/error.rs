@@ -97,6 +97,8 @@ pub enum FailureCode {
     TooManyImages,
     /// Every attempt failed for a reason that looked temporary.
     RetriesExhausted,
+    /// The bulk run that it belongs to was cancelled.
+    Cancelled,
 }
 
 impl FailureCode {
@@ -109,6 +111,7 @@ impl FailureCode {
             Self::ModelMismatch => "model_mismatch",
             Self::TooManyImages => "too_many_images",
             Self::RetriesExhausted => "retries_exhausted",
+            Self::Cancelled => "cancelled",
         }
     }
 }

@@ -2,6 +2,7 @@
 //! and whether it takes work.
 //! `/status`: which class vectors it serves, and which it refused, as JSON.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -20,7 +21,8 @@ use crate::classes::catalog::Catalog;
 #[derive(Default)]
 pub struct Readiness {
     warm: AtomicBool,
-    consuming: AtomicBool,
+    /// Whether jobs come from each queue.
+    consuming: Mutex<BTreeMap<String, bool>>,
     /// Why nothing is consumed although the broker is there.
     paused: Mutex<Option<&'static str>>,
     /// Where work is stuck.
@@ -42,15 +44,15 @@ impl Readiness {
         let _ = self.catalog.set(catalog);
     }
 
-    /// Whether jobs are being consumed.
-    pub fn set_consuming(&self, consuming: bool) {
+    /// Whether jobs are being consumed from a queue.
+    pub fn set_consuming(&self, queue: &str, consuming: bool) {
         *locked(&self.paused) = None;
-        self.consuming.store(consuming, Ordering::Release);
+        locked(&self.consuming).insert(queue.to_owned(), consuming);
     }
 
-    /// No jobs are being consumed, on purpose.
-    pub fn set_paused(&self, reason: &'static str) {
-        self.set_consuming(false);
+    /// No jobs are being consumed from a queue, on purpose.
+    pub fn set_paused(&self, queue: &str, reason: &'static str) {
+        self.set_consuming(queue, false);
         *locked(&self.paused) = Some(reason);
     }
 
@@ -80,11 +82,22 @@ impl Readiness {
         if let Some(blocked) = locked(&self.blocked).as_ref() {
             return Some(format!("the broker blocks publishers: {blocked}"));
         }
-        if self.consuming.load(Ordering::Acquire) {
-            return None;
+        let silent = {
+            let queues = locked(&self.consuming);
+            let silent = queues.iter().filter(|(_, consuming)| !**consuming);
+            let silent: Vec<&str> = silent.map(|(queue, _)| queue.as_str()).collect();
+            if silent.is_empty() && !queues.is_empty() {
+                return None;
+            }
+            match silent.is_empty() {
+                true => String::new(),
+                false => format!(" from {}", silent.join(", ")),
+            }
+        };
+        match *locked(&self.paused) {
+            Some(reason) => Some(reason.to_owned()),
+            None => Some(format!("no jobs are being consumed{silent}")),
         }
-        let paused = *locked(&self.paused);
-        Some(paused.unwrap_or("no jobs are being consumed").to_owned())
     }
 }
 
@@ -158,7 +171,7 @@ mod tests {
         let readiness = Arc::new(Readiness::default());
         let (address, _server) = serve("127.0.0.1:0", Arc::clone(&readiness)).await.unwrap();
         readiness.set_warm();
-        readiness.set_consuming(true);
+        readiness.set_consuming("jobs", true);
         let both = async || (get(address, "/livez").await, get(address, "/readyz").await);
         assert_eq!(both().await, ((200, "alive\n".into()), (200, "ready\n".into())));
 
@@ -174,10 +187,10 @@ mod tests {
         assert!(ready.1.contains("blocks publishers: low on memory"), "{}", ready.1);
         readiness.set_blocked(None);
 
-        readiness.set_paused("the store does not answer");
+        readiness.set_paused("jobs", "the store does not answer");
         let (live, ready) = both().await;
         assert_eq!((live.0, ready), (200, (503, "not ready: the store does not answer\n".into())));
-        readiness.set_consuming(true);
+        readiness.set_consuming("jobs", true);
         assert_eq!(both().await.1.0, 200);
     }
 }

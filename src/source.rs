@@ -2,6 +2,7 @@
 
 pub mod amqp;
 pub mod folder;
+pub mod lanes;
 pub mod memory;
 
 use std::time::Duration;
@@ -54,6 +55,14 @@ pub trait JobSource: Send {
 
     /// Ends the source once everything that was handed out is settled or given up.
     async fn close(&mut self);
+}
+
+/// Knows which bulk runs were cancelled.
+#[async_trait]
+pub trait Cancellations: Send + Sync {
+    /// Whether a run was cancelled, so that its jobs are not worked on. What cannot be known now was
+    /// not. Answers within seconds.
+    async fn is_cancelled(&self, run: &str) -> bool;
 }
 
 /// One job on its way through the worker, and the duty to settle it exactly once.

@@ -36,10 +36,10 @@ use crate::outage::Outage;
 use crate::pipeline::Pipeline;
 use crate::retry::RetrySchedule;
 use crate::sink::ResultSink;
-use crate::source::{Delivery, JobSource, Settlement};
+use crate::source::{Cancellations, Delivery, JobSource, Settlement};
 
 /// What a worker is told, beside its ports.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct WorkerOptions {
     /// Its name in results.
     pub name: String,
@@ -55,6 +55,8 @@ pub struct WorkerOptions {
     pub retry: RetrySchedule,
     /// A version that is tried beside the one that is served.
     pub shadow: Option<Arc<Shadow>>,
+    /// Which runs were cancelled; none: no run can be.
+    pub cancellations: Option<Arc<dyn Cancellations>>,
 }
 
 /// Takes jobs from a source, classifies their images and hands results to a sink.
@@ -277,7 +279,7 @@ impl Core {
             biased;
             () = stop.cancelled() => return Err(JobError::Abandoned("the worker is stopping")),
             () = delivery.lost.cancelled() => return Err(JobError::Abandoned("its connection is gone")),
-            classes = self.catalog.resolve(&job.classes) => classes?,
+            classes = self.resolve(job) => classes?,
         };
         let candidate = self.options.shadow.as_ref().and_then(|shadow| shadow.beside(&classes));
         let deadline = Instant::now() + self.options.job_time;
@@ -302,6 +304,17 @@ impl Core {
             images.push(self.start_image(uri.clone(), want, slot));
         }
         Ok(Admitted { classes, candidate, deadline, images })
+    }
+
+    /// The version that a job is scored against, unless its run was cancelled.
+    async fn resolve(&self, job: &Job) -> Result<Arc<ClassVectors>, JobError> {
+        if let (Some(run), Some(cancellations)) = (&job.run, &self.options.cancellations)
+            && cancellations.is_cancelled(&run.id).await
+        {
+            let reason = format!("run {} was cancelled", run.id);
+            return Err(Failure::new(FailureCode::Cancelled, reason).into());
+        }
+        Ok(self.catalog.resolve(&job.classes).await?)
     }
 
     /// A place for an image among those in flight, and among the `few` of a suspect.
@@ -373,7 +386,11 @@ impl Core {
             }
         };
         if let Outcome::Failed { error } = &outcome {
-            tracing::warn!(job = id, attempt, code = %error.code, "job failed: {error}");
+            // Of a run that was cancelled there may be thousands; that it was is said once.
+            match error.code {
+                FailureCode::Cancelled => tracing::debug!(job = id, "{error}"),
+                code => tracing::warn!(job = id, attempt, %code, "job failed: {error}"),
+            }
         }
         let finished_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
         let worker = self.options.name.clone();

@@ -130,6 +130,7 @@ async fn child() {
             grace: minute,
             retry: RetrySchedule { delays: vec![Duration::from_secs(1)], max_attempts: 2 },
             shadow: None,
+            cancellations: None,
         },
     );
     worker.run(CancellationToken::new()).await.unwrap();

@@ -1,66 +1,31 @@
-//! Dead letters: jobs given up on, looked at without being taken away, and sent again or removed.
-//!
-//! A pass ([`DeadLetters`]) gets one message after another and acks only what it is told to remove.
-//! A quorum queue puts what is given back to its head, so nothing is given back before the end of
-//! the pass: it would come again at once. What is not chosen stays unacked at the broker, of which
-//! it keeps a few bytes a message, and its body is dropped here. A pass ends after as many messages
-//! as were there at its start, so that jobs that die again meanwhile do not make it endless.
-//!
-//! At its end it gives them back a few at a time, so that their order stays.
-//!
-//! Two people at once would each see only what the other does not hold. So a pass takes its turn: a
-//! queue named after the dead one, exclusive to its connection, which the broker deletes with it.
-//! Whoever is killed in between loses nothing, since the broker gives back what was unacked.
+//! Dead letters: jobs given up on, looked at without being taken away ([`Pass`]), and sent again or
+//! removed.
 
 mod letter;
 
 use std::time::Duration;
 
-use lapin::options::{BasicAckOptions, BasicGetOptions, BasicNackOptions, QueueDeclareOptions};
-use lapin::protocol::AMQPSoftError;
-use lapin::types::FieldTable;
-use lapin::{Channel, Connection};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::timeout;
 
 pub use self::letter::DeadLetter;
+use super::pass::{Pass, PassError};
 use super::publisher::{Published, Publisher};
-use super::{AmqpError, AmqpOptions, close, connect, put, refused, short};
+use super::{AmqpError, AmqpOptions};
 
-/// Messages that a pass holds unacked at most. The broker keeps a record of each, and one `get` a
-/// message takes a millisecond or two: the pass stays far below the broker's `consumer_timeout`.
-const WINDOW: usize = 100_000;
-/// What the broker may take to answer.
-const ANSWER: Duration = Duration::from_secs(10);
-/// How long to wait for one's turn, and between two looks.
-const TURN: Duration = Duration::from_secs(15);
-const LOOK: Duration = Duration::from_millis(100);
-/// Messages that are given back at once. A quorum queue forgets the order of more than 32 that come
-/// back together (seen on 3.10, also when the channel is just closed).
-const AT_ONCE: usize = 16;
-/// How long to wait until they are there.
-const BACK: Duration = Duration::from_secs(5);
 /// What publishing one job may take, reconnecting included.
 const PUBLISH: Duration = Duration::from_secs(30);
 
 /// What keeps dead letters from being read or sent again. None of them loses a message.
 #[derive(Debug, thiserror::Error)]
 pub enum DeadError {
-    /// The broker cannot be reached, or said no.
+    /// The broker cannot be reached, or said no; or somebody else reads them.
     #[error(transparent)]
-    Amqp(#[from] AmqpError),
+    Pass(PassError),
     /// Nothing has declared the queue.
     #[error(
         "there is no queue {0} on this virtual host: no worker has run here yet, or amqp.dead_queue is another"
     )]
     NoQueue(String),
-    /// Another pass goes on.
-    #[error("somebody else reads {queue} and was not done within {seconds} s: try again later")]
-    Busy {
-        /// The dead letters' queue.
-        queue: String,
-        /// How long was waited.
-        seconds: u64,
-    },
     /// The jobs queue takes nothing.
     #[error("job {job} was not sent again and stays where it is: {reason}")]
     NotPublished {
@@ -69,6 +34,21 @@ pub enum DeadError {
         /// Why.
         reason: String,
     },
+}
+
+impl From<PassError> for DeadError {
+    fn from(error: PassError) -> Self {
+        match error {
+            PassError::NoQueue(queue) => Self::NoQueue(queue),
+            other => Self::Pass(other),
+        }
+    }
+}
+
+impl From<AmqpError> for DeadError {
+    fn from(error: AmqpError) -> Self {
+        Self::Pass(error.into())
+    }
 }
 
 /// Which dead letters are meant. Several values of one kind are alternatives; kinds add up.
@@ -100,15 +80,7 @@ impl Filter {
 }
 
 /// One pass over the dead letters, from the oldest on.
-pub struct DeadLetters {
-    connection: Connection,
-    channel: Channel,
-    queue: String,
-    /// Messages that were there at the start and have not been seen yet.
-    unseen: u64,
-    /// Delivery tags of those that were seen and are to be given back, in the queue's order.
-    held: Vec<u64>,
-}
+pub struct DeadLetters(Pass);
 
 impl DeadLetters {
     /// Connects, waits for its turn and counts what is there.
@@ -116,16 +88,7 @@ impl DeadLetters {
     /// # Errors
     /// [`DeadError`].
     pub async fn open(options: &AmqpOptions, queue: &str) -> Result<Self, DeadError> {
-        let connection = connect(options, "dead").await?;
-        match begin(&connection, queue).await {
-            Ok((channel, unseen)) => {
-                Ok(Self { connection, channel, queue: queue.to_owned(), unseen, held: Vec::new() })
-            }
-            Err(error) => {
-                close(&connection).await;
-                Err(error)
-            }
-        }
+        Ok(Self(Pass::open(options, "dead", queue).await?))
     }
 
     /// The next one; none at the end of the pass. It stays in the queue unless it is removed.
@@ -133,23 +96,12 @@ impl DeadLetters {
     /// # Errors
     /// [`DeadError`]; everything that was not removed is still there.
     pub async fn next(&mut self) -> Result<Option<DeadLetter>, DeadError> {
-        if self.unseen == 0 || self.held.len() >= WINDOW {
-            return Ok(None);
-        }
-        let by_hand = BasicGetOptions { no_ack: false };
-        let got = answer(self.channel.basic_get(short(&self.queue), by_hand)).await?;
-        let Some(message) = got else {
-            self.unseen = 0; // Somebody took messages by other means.
-            return Ok(None);
-        };
-        self.unseen -= 1;
-        self.held.push(message.delivery.delivery_tag);
-        Ok(Some(DeadLetter::read(message.delivery)))
+        Ok(self.0.next().await?.map(DeadLetter::read))
     }
 
-    /// Messages that the pass has not come to: those that [`WINDOW`] left out once it has ended.
+    /// Messages that the pass has not come to, because there are too many for one.
     pub fn unseen(&self) -> u64 {
-        self.unseen
+        self.0.unseen()
     }
 
     /// Removes it for good.
@@ -157,13 +109,7 @@ impl DeadLetters {
     /// # Errors
     /// [`DeadError`]; it is still there then.
     pub async fn remove(&mut self, letter: DeadLetter) -> Result<(), DeadError> {
-        let only = BasicAckOptions { multiple: false };
-        answer(self.channel.basic_ack(letter.tag, only)).await?;
-        // Nearly always the last one.
-        if let Some(at) = self.held.iter().rposition(|tag| *tag == letter.tag) {
-            self.held.remove(at);
-        }
-        Ok(())
+        Ok(self.0.remove(letter.tag).await?)
     }
 
     /// Sends it to the queue `jobs` as a new job, and removes it here once the broker has confirmed
@@ -193,75 +139,6 @@ impl DeadLetters {
     /// [`DeadError`] if the broker did not say that it has what was acked and given back: what was
     /// removed may be there again.
     pub async fn close(self) -> Result<(), DeadError> {
-        let ended = self.give_back().await;
-        close(&self.connection).await;
-        Ok(ended?)
+        Ok(self.0.close().await?)
     }
-
-    async fn give_back(&self) -> Result<(), AmqpError> {
-        let all_before = BasicNackOptions { multiple: true, requeue: true };
-        let mut given = 0;
-        // The queue takes them back in its own time, and whoever has the next turn must find them.
-        let mut waiting = true;
-        for part in self.held.chunks(AT_ONCE) {
-            let Some(last) = part.last() else { continue };
-            answer(self.channel.basic_nack(*last, all_before)).await?;
-            given += part.len() as u64;
-            let end = Instant::now() + BACK;
-            while waiting && ready(&self.channel, &self.queue).await? < given {
-                // Somebody may take them by other means: then only the order suffers.
-                waiting = Instant::now() < end;
-                sleep(Duration::from_millis(1)).await;
-            }
-        }
-        answer(self.channel.close(200, "done".into())).await
-    }
-}
-
-/// Waits for one's turn; yields the channel of the pass and how many messages are there.
-async fn begin(connection: &Connection, queue: &str) -> Result<(Channel, u64), DeadError> {
-    let channel = answer(connection.create_channel()).await?;
-    match ready(&channel, queue).await {
-        Err(AmqpError::Broker(error))
-            if refused(&error).is_some_and(|r| r.0 == AMQPSoftError::NOTFOUND) =>
-        {
-            return Err(DeadError::NoQueue(queue.to_owned()));
-        }
-        counted => counted?,
-    };
-    let is_locked =
-        |error: &lapin::Error| refused(error).is_some_and(|r| r.0 == AMQPSoftError::RESOURCELOCKED);
-    let turn = format!("{queue}.reader");
-    let end = Instant::now() + TURN;
-    loop {
-        // A refusal closes the channel, so each try has its own.
-        let trying = answer(connection.create_channel()).await?;
-        let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-        let mut arguments = FieldTable::default();
-        put(&mut arguments, "x-queue-type", "classic"); // Others cannot be exclusive.
-        match answer(trying.queue_declare(short(&turn), exclusive, arguments)).await {
-            Ok(_) => break,
-            Err(AmqpError::Broker(error)) if is_locked(&error) && Instant::now() < end => {}
-            Err(AmqpError::Broker(error)) if is_locked(&error) => {
-                let (queue, seconds) = (queue.to_owned(), TURN.as_secs());
-                return Err(DeadError::Busy { queue, seconds });
-            }
-            Err(error) => return Err(error.into()),
-        }
-        sleep(LOOK).await;
-    }
-    let unseen = ready(&channel, queue).await?;
-    Ok((channel, unseen))
-}
-
-/// Messages of the queue that nobody holds.
-async fn ready(channel: &Channel, queue: &str) -> Result<u64, AmqpError> {
-    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    let declared = channel.queue_declare(short(queue), passive, FieldTable::default());
-    Ok(answer(declared).await?.message_count().into())
-}
-
-async fn answer<T>(call: impl Future<Output = Result<T, lapin::Error>>) -> Result<T, AmqpError> {
-    let silent = AmqpError::Silent(ANSWER.as_secs());
-    timeout(ANSWER, call).await.map_err(|_| silent)?.map_err(AmqpError::from)
 }

@@ -21,6 +21,7 @@ use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
+use super::ask::question;
 use super::topology::Topology;
 use super::{AmqpError, AmqpOptions, Backoff, close, connect, short};
 
@@ -30,6 +31,9 @@ const CONFIRM: Duration = Duration::from_secs(30);
 /// For so long after a connection was opened, a queue that is missing is only missing yet: a broker
 /// that comes back takes publishers before it has found all its queues.
 const SETTLING: Duration = Duration::from_secs(5);
+
+/// What a question may take.
+const ASK: Duration = Duration::from_secs(2);
 
 /// Messages in flight, and so channels, at most. Brokers allow 2,047 channels a connection unless
 /// they are told otherwise, and a confirm takes milliseconds: more would gain nothing.
@@ -47,7 +51,8 @@ pub enum Published {
 /// Publishes until the broker confirms. Clones of its `Arc` share one connection.
 pub struct Publisher {
     options: AmqpOptions,
-    topology: Topology,
+    /// What it declares on each connection.
+    topologies: Vec<Topology>,
     state: Mutex<State>,
     in_flight: Semaphore,
     /// Why the broker takes nothing for now.
@@ -101,7 +106,14 @@ impl Publisher {
     pub fn new(options: AmqpOptions, topology: Topology) -> Self {
         let blocked = watch::Sender::new(None);
         let in_flight = Semaphore::new(IN_FLIGHT);
-        Self { options, topology, state: Mutex::default(), in_flight, blocked }
+        let topologies = vec![topology];
+        Self { options, topologies, state: Mutex::default(), in_flight, blocked }
+    }
+
+    /// Declares the queues around another queue of jobs as well.
+    pub fn and(mut self, topology: Topology) -> Self {
+        self.topologies.push(topology);
+        self
     }
 
     /// Why the broker takes nothing for now, as it changes.
@@ -125,6 +137,18 @@ impl Publisher {
     /// deleted is declared anew.
     pub async fn publish_to_own(&self, queue: &str, properties: &BasicProperties, body: &[u8]) {
         self.publish_until(queue, properties, body, true).await;
+    }
+
+    /// Whether there is a queue of this name; none if the broker does not say so soon.
+    pub async fn has_queue(&self, queue: &str) -> Option<bool> {
+        let asking = async {
+            let _permit = self.in_flight.acquire().await.ok();
+            let lease = self.lease().await;
+            let sent = self.send(&lease.channel, queue, &question(), &[]).await.ok()?;
+            lock(&lease.idle).push(lease.channel);
+            Some(sent == Published::Confirmed)
+        };
+        timeout(ASK, asking).await.ok()?
     }
 
     async fn publish_until(
@@ -219,7 +243,9 @@ impl Publisher {
 
     async fn open(&self) -> Result<Connection, AmqpError> {
         let connection = connect(&self.options, "publish").await?;
-        self.topology.declare(&connection).await?;
+        for topology in &self.topologies {
+            topology.declare(&connection).await?;
+        }
         Ok(connection)
     }
 

@@ -3,28 +3,35 @@
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
-use lapin::protocol::AMQPSoftError;
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, Connection, Consumer};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::journal::{Journal, run_of};
-use super::queues::{RunQueues, answer};
-use crate::amqp::{AmqpError, AmqpOptions, Backoff, close, connect, refused, short};
+use super::queues::RunQueues;
+use super::reconnect::{self, Failed, Reconnect};
+use crate::amqp::ask::{answer, is_missing};
+use crate::amqp::{AmqpError, AmqpOptions, short};
 
 /// Results that are taken and not acked yet.
 const IN_FLIGHT: u16 = 512;
 /// After so many, or so long, what was taken is made safe and acked.
 const SYNC: usize = 256;
 const SYNC_AFTER: Duration = Duration::from_millis(250);
+/// How often it is looked whether the run was cancelled.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long after it was, whoever enqueues it has certainly stopped.
+const SETTLED: Duration = Duration::from_secs(3);
 
 /// Why collecting ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
     /// There is a result of each job.
     Complete,
+    /// The run was cancelled, and there is a result of each job that was sent.
+    Cancelled,
     /// It was asked to.
     Stopped,
     /// Too many images failed, or whole jobs.
@@ -38,7 +45,7 @@ pub enum Ended {
 pub enum CollectError {
     /// There is no such run.
     #[error(
-        "there is no run {run} (no queue {queue}): it was never enqueued here, or it was collected or cancelled"
+        "there is no run {run} (no queue {queue}): it was never enqueued here, or it was collected"
     )]
     NoRun {
         /// The run's id.
@@ -52,6 +59,7 @@ pub enum CollectError {
 }
 
 /// What decides when it ends.
+#[derive(Clone, Copy)]
 pub struct Until<'a> {
     /// Whoever wants to stop.
     pub stop: &'a CancellationToken,
@@ -59,18 +67,7 @@ pub struct Until<'a> {
     pub silence: Duration,
 }
 
-enum Failed {
-    Connection(String),
-    Final(CollectError),
-}
-
-impl From<AmqpError> for Failed {
-    fn from(error: AmqpError) -> Self {
-        Self::Connection(error.to_string())
-    }
-}
-
-impl From<std::io::Error> for Failed {
+impl From<std::io::Error> for Failed<CollectError> {
     fn from(error: std::io::Error) -> Self {
         Self::Final(error.into())
     }
@@ -89,46 +86,47 @@ pub async fn collect(
     until: Until<'_>,
     mut seen: impl FnMut(&[u8]) -> bool,
 ) -> Result<Ended, CollectError> {
-    let mut backoff = Backoff::default();
-    let mut last = Instant::now();
-    loop {
-        if journal.have().is_complete() {
-            return Ok(Ended::Complete);
-        }
-        let mut taking = Taking { queues, run, journal, until: &until, last: &mut last };
-        let outcome = match connect(options, "collect").await {
-            Ok(connection) => {
-                let outcome = taking.take(&connection, &mut seen).await;
-                close(&connection).await;
-                outcome
-            }
-            Err(error) => Err(error.into()),
-        };
-        let reason = match outcome {
-            Ok(ended) => return Ok(ended),
-            Err(Failed::Final(error)) => return Err(error),
-            Err(Failed::Connection(reason)) => reason,
-        };
-        if last.elapsed() >= until.silence {
-            return Ok(Ended::Silent);
-        }
-        let pause = backoff.next();
-        tracing::warn!(
-            pause_seconds = pause.as_secs_f64(),
-            "collecting goes on in a moment: {reason}"
-        );
-        tokio::select! {
-            () = sleep(pause) => {}
-            () = until.stop.cancelled() => return Ok(Ended::Stopped),
-        }
+    if journal.have().is_complete() {
+        return Ok(Ended::Complete);
     }
+    let Until { stop, silence } = until;
+    let connections = Reconnect { options, role: "collect", stop, patience: silence };
+    let mut cancelled = None;
+    let ended = connections
+        .run(async |connection, last| {
+            let asking = confirming(connection).await?;
+            let looked = None;
+            let cancelled = &mut cancelled;
+            let mut taking =
+                Taking { queues, run, journal, until, connection, asking, looked, cancelled, last };
+            taking.take(&mut seen).await
+        })
+        .await?;
+    Ok(match ended {
+        reconnect::Ended::Done(ended) => ended,
+        reconnect::Ended::Stopped => Ended::Stopped,
+        reconnect::Ended::Away(_) => Ended::Silent,
+    })
+}
+
+/// A channel that confirms.
+async fn confirming(connection: &Connection) -> Result<Channel, AmqpError> {
+    let channel = answer(connection.create_channel()).await?;
+    answer(channel.confirm_select(ConfirmSelectOptions::default())).await?;
+    Ok(channel)
 }
 
 struct Taking<'a> {
     queues: &'a RunQueues,
     run: &'a str,
     journal: &'a mut Journal,
-    until: &'a Until<'a>,
+    until: Until<'a>,
+    connection: &'a Connection,
+    /// To ask whether the run was cancelled.
+    asking: Channel,
+    looked: Option<Instant>,
+    /// Since when it is known to be cancelled.
+    cancelled: &'a mut Option<Instant>,
     /// When the last result came.
     last: &'a mut Instant,
 }
@@ -136,10 +134,9 @@ struct Taking<'a> {
 impl Taking<'_> {
     async fn take(
         &mut self,
-        connection: &Connection,
         seen: &mut impl FnMut(&[u8]) -> bool,
-    ) -> Result<Ended, Failed> {
-        let (channel, mut consumer) = self.consume(connection).await?;
+    ) -> Result<Ended, Failed<CollectError>> {
+        let (channel, mut consumer) = self.consume().await?;
         // Not acked: how many, and the last one's tag.
         let (mut taken, mut tag) = (0, 0);
         let ended = loop {
@@ -147,10 +144,11 @@ impl Taking<'_> {
                 self.keep(&channel, tag).await?;
                 taken = 0;
             }
-            if self.journal.have().is_complete() {
-                break Ended::Complete;
+            self.look().await?;
+            if let Some(ended) = self.ended() {
+                break ended;
             }
-            let patience = if taken > 0 { SYNC_AFTER } else { self.until.silence };
+            let patience = if taken > 0 { SYNC_AFTER } else { LOOK };
             let next = tokio::select! {
                 () = self.until.stop.cancelled() => break Ended::Stopped,
                 next = timeout(patience, consumer.next()) => next,
@@ -161,7 +159,8 @@ impl Taking<'_> {
                     taken = 0;
                     continue;
                 }
-                Err(_) => break Ended::Silent,
+                Err(_) if self.last.elapsed() >= self.until.silence => break Ended::Silent,
+                Err(_) => continue,
                 Ok(Some(delivery)) => delivery.map_err(AmqpError::from)?,
                 Ok(None) => return Err(Failed::Connection("the consumer ended".to_owned())),
             };
@@ -184,8 +183,34 @@ impl Taking<'_> {
         Ok(ended)
     }
 
-    async fn consume(&self, connection: &Connection) -> Result<(Channel, Consumer), Failed> {
-        let channel = answer(connection.create_channel()).await?;
+    /// Whether there is a result of each job that was sent or will be.
+    fn ended(&self) -> Option<Ended> {
+        if !self.journal.have().is_complete() {
+            return None;
+        }
+        match *self.cancelled {
+            None => Some(Ended::Complete),
+            Some(since) if since.elapsed() >= SETTLED => Some(Ended::Cancelled),
+            Some(_) => None,
+        }
+    }
+
+    /// Looks now and then whether the run was cancelled: then there are no more jobs than were sent.
+    async fn look(&mut self) -> Result<(), AmqpError> {
+        if self.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
+            return Ok(());
+        }
+        self.looked = Some(Instant::now());
+        if self.queues.is_cancelled(&self.asking).await? {
+            self.cancelled.get_or_insert_with(Instant::now);
+            let sent = self.queues.sent(self.connection).await?;
+            self.journal.only(sent.map_or(0, |sent| sent.run.index + 1));
+        }
+        Ok(())
+    }
+
+    async fn consume(&self) -> Result<(Channel, Consumer), Failed<CollectError>> {
+        let channel = answer(self.connection.create_channel()).await?;
         answer(channel.basic_qos(IN_FLIGHT, BasicQosOptions::default())).await?;
         let options = BasicConsumeOptions::default();
         let queue = &self.queues.results;
@@ -193,9 +218,7 @@ impl Taking<'_> {
             channel.basic_consume(short(queue), short(""), options, FieldTable::default());
         match answer(consuming).await {
             Ok(consumer) => Ok((channel, consumer)),
-            Err(AmqpError::Broker(error))
-                if refused(&error).is_some_and(|r| r.0 == AMQPSoftError::NOTFOUND) =>
-            {
+            Err(error) if is_missing(&error) => {
                 let (run, queue) = (self.run.to_owned(), queue.clone());
                 Err(Failed::Final(CollectError::NoRun { run, queue }))
             }
@@ -204,7 +227,7 @@ impl Taking<'_> {
     }
 
     /// Makes what was taken safe, and acks it.
-    async fn keep(&mut self, channel: &Channel, tag: u64) -> Result<(), Failed> {
+    async fn keep(&mut self, channel: &Channel, tag: u64) -> Result<(), Failed<CollectError>> {
         tokio::task::block_in_place(|| self.journal.sync())?;
         answer(channel.basic_ack(tag, BasicAckOptions { multiple: true })).await?;
         Ok(())

@@ -5,24 +5,27 @@
 //! a kill, it goes on behind the last job that the broker has.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldArray, FieldTable};
-use lapin::{BasicProperties, Confirmation, Connection, PublisherConfirm};
+use lapin::{BasicProperties, Channel, Confirmation, Connection, PublisherConfirm};
 use sha2::{Digest, Sha256};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::queues::{DIGEST, RunQueues, Sent, answer, ready};
+use super::queues::{DIGEST, RunQueues, Sent};
+use super::reconnect::{Ended, Failed, Reconnect};
+use super::registry::{self, Begun};
 use super::spool::Images;
+use crate::amqp::ask::{answer, look_at};
 use crate::amqp::topology::Topology;
-use crate::amqp::{AmqpError, AmqpOptions, Backoff, close, connect, put, short};
+use crate::amqp::{AmqpError, AmqpOptions, put, short};
 use crate::job::{ClassSelector, JOB_TYPE, Job, Run, hex};
 
 /// Jobs that were sent and are not confirmed.
 const IN_FLIGHT: usize = 256;
-/// How often the length of the queue is looked at.
+/// How often the length of the queue is looked at, and whether the run was cancelled.
 const LOOK: Duration = Duration::from_millis(500);
 /// How long a broker that is away is waited for.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -86,6 +89,8 @@ pub enum Step {
         /// Jobs that wait in it.
         queued: u64,
     },
+    /// The run was cancelled: nothing more is sent.
+    Cancelled,
 }
 
 /// Why a run was not sent whole.
@@ -122,94 +127,81 @@ pub enum EnqueueError {
     Json(#[from] serde_json::Error),
 }
 
-/// One attempt's end.
-enum Failed {
-    /// Another connection may do.
-    Connection(String),
-    Final(EnqueueError),
-}
-
-impl From<AmqpError> for Failed {
-    fn from(error: AmqpError) -> Self {
-        Self::Connection(error.to_string())
+impl From<EnqueueError> for Failed<EnqueueError> {
+    fn from(error: EnqueueError) -> Self {
+        Self::Final(error)
     }
 }
 
-impl From<lapin::Error> for Failed {
-    fn from(error: lapin::Error) -> Self {
-        Self::Connection(error.to_string())
-    }
-}
-
-impl From<std::io::Error> for Failed {
-    fn from(error: std::io::Error) -> Self {
-        Self::Final(error.into())
-    }
-}
-
-impl From<serde_json::Error> for Failed {
-    fn from(error: serde_json::Error) -> Self {
-        Self::Final(error.into())
-    }
+/// Where the jobs go.
+#[derive(Clone, Copy)]
+pub struct Target<'a> {
+    /// How the broker is reached.
+    pub options: &'a AmqpOptions,
+    /// The queues around the one that takes the jobs.
+    pub topology: &'a Topology,
+    /// The fleet's first queue of jobs, which the runs' queues are named after.
+    pub first: &'a str,
 }
 
 /// Sends what the broker does not have yet, and yields how many jobs of the run it has then: fewer
-/// than all only after `stop`.
+/// than all only after `stop`, or if the run was cancelled.
 ///
 /// # Errors
 /// [`EnqueueError`]. What was sent stays sent.
 pub async fn enqueue(
-    (options, topology): (&AmqpOptions, &Topology),
+    target: Target<'_>,
     plan: &Plan,
     images: &mut Images,
     stop: &CancellationToken,
     mut seen: impl FnMut(Step),
 ) -> Result<u64, EnqueueError> {
-    let (mut backoff, mut trying) = (Backoff::default(), Instant::now());
     let mut confirmed = 0;
-    loop {
-        let before = confirmed;
-        let sender = Sender { topology, plan, stop };
-        let outcome = match connect(options, "enqueue").await {
-            Ok(connection) => {
-                let outcome = sender.send(&connection, images, &mut confirmed, &mut seen).await;
-                close(&connection).await;
-                outcome
-            }
-            Err(error) => Err(error.into()),
-        };
-        let reason = match outcome {
-            Ok(()) => return Ok(confirmed),
-            Err(Failed::Final(error)) => return Err(error),
-            Err(Failed::Connection(reason)) => reason,
-        };
-        if confirmed > before {
-            backoff.reset();
-            trying = Instant::now();
-        }
-        if trying.elapsed() > PATIENCE {
-            return Err(EnqueueError::Broker { seconds: PATIENCE.as_secs(), reason });
-        }
-        if stop.is_cancelled() {
-            return Ok(confirmed);
-        }
-        let pause = backoff.next();
-        tracing::warn!(
-            pause_seconds = pause.as_secs_f64(),
-            "enqueuing goes on in a moment: {reason}"
-        );
-        tokio::select! {
-            () = sleep(pause) => {}
-            () = stop.cancelled() => return Ok(confirmed),
-        }
+    let queues = RunQueues::new(target.first, &plan.run);
+    let sender = Sender { target, queues: &queues, plan, stop };
+    let connections =
+        Reconnect { options: target.options, role: "enqueue", stop, patience: PATIENCE };
+    let ended = connections
+        .run(async |connection, progress| {
+            let told = |step: Step| {
+                *progress = Instant::now();
+                seen(step);
+            };
+            sender.send(connection, images, &mut confirmed, told).await
+        })
+        .await?;
+    match ended {
+        Ended::Done(()) | Ended::Stopped => Ok(confirmed),
+        // Not an attempt's fault: nobody wants it any more.
+        Ended::Away(_) if stop.is_cancelled() => Ok(confirmed),
+        Ended::Away(reason) => Err(EnqueueError::Broker { seconds: PATIENCE.as_secs(), reason }),
     }
 }
 
 struct Sender<'a> {
-    topology: &'a Topology,
+    target: Target<'a>,
+    queues: &'a RunQueues,
     plan: &'a Plan,
     stop: &'a CancellationToken,
 }
+
+/// What is asked of the broker while jobs are sent.
+struct Asking<'a> {
+    connection: &'a Connection,
+    /// Confirms, and has nothing else in flight.
+    channel: Channel,
+    /// When it was looked last, and how many jobs there was room for.
+    looked: Option<(Instant, u64)>,
+}
+
+impl Asking<'_> {
+    /// Whether there is room for a job, by what was seen last and sent since.
+    fn has_room(&self) -> bool {
+        self.looked.is_some_and(|(at, room)| room > 0 && at.elapsed() < LOOK)
+    }
+}
+
+type Outcome<T> = Result<T, Failed<EnqueueError>>;
 
 impl Sender<'_> {
     async fn send(
@@ -217,45 +209,52 @@ impl Sender<'_> {
         connection: &Connection,
         images: &mut Images,
         confirmed: &mut u64,
-        seen: &mut impl FnMut(Step),
-    ) -> Result<(), Failed> {
-        let Self { topology, plan, stop } = self;
-        for mismatch in topology.declare(connection).await? {
+        mut seen: impl FnMut(Step),
+    ) -> Outcome<()> {
+        let Self { target: Target { topology, .. }, queues, plan, stop } = self;
+        for mismatch in topology.declare(connection).await.map_err(AmqpError::from)? {
             tracing::warn!("{mismatch}");
         }
-        let queues = RunQueues::new(&topology.jobs, &plan.run);
         let channel = answer(connection.create_channel()).await?;
         queues.declare(&channel).await?;
         let (jobs, digest) = (plan.jobs(images.len()), plan.digest(images));
         *confirmed = match queues.sent(connection).await? {
-            None => 0,
+            None => {
+                self.register(connection, jobs, images.len()).await?;
+                0
+            }
             Some(Sent { run, digest: sent }) if sent == digest => run.index + 1,
             Some(Sent { run, .. }) => {
                 let other =
                     EnqueueError::Other { run: run.id, sent: run.index + 1, jobs: run.jobs };
-                return Err(Failed::Final(other));
+                return Err(other.into());
             }
         };
         seen(Step::Sent(*confirmed));
-        answer(channel.confirm_select(ConfirmSelectOptions::default())).await?;
-        let properties = self.properties(&queues, &digest);
+        let confirm = ConfirmSelectOptions::default();
+        answer(channel.confirm_select(confirm)).await?;
+        let asking = answer(connection.create_channel()).await?;
+        answer(asking.confirm_select(confirm)).await?;
+        let mut asking = Asking { connection, channel: asking, looked: None };
+        let properties = self.properties(&digest);
         let mut waiting: VecDeque<PublisherConfirm> = VecDeque::with_capacity(IN_FLIGHT);
-        let (mut looked, mut index) = (None, *confirmed);
-        for job in images.jobs_from(index, plan.per_job)? {
-            if let Some(most) = plan.max_queued {
-                self.room(connection, most, &mut looked, seen).await?;
+        let first = *confirmed;
+        let unsent = images.jobs_from(first, plan.per_job).map_err(EnqueueError::from)?;
+        for (index, job) in (first..).zip(unsent) {
+            // What is not confirmed may not be in the queue yet, whose length is looked at.
+            let looks = plan.max_queued.is_some() && !asking.has_room();
+            let most = if looks { 1 } else { IN_FLIGHT };
+            while waiting.len() >= most {
+                self.confirm(&mut waiting, confirmed, &mut seen).await?;
             }
-            if stop.is_cancelled() {
+            if !self.may_send(&mut asking, &mut seen).await? || stop.is_cancelled() {
                 break;
             }
-            if waiting.len() >= IN_FLIGHT {
-                self.confirm(&mut waiting, confirmed, seen).await?;
-            }
-            let job = plan.job(index, jobs, job?);
+            let job = plan.job(index, jobs, job.map_err(EnqueueError::from)?);
             let properties = properties.clone().with_message_id(short(&job.id));
             let mandatory =
                 BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-            let body = serde_json::to_vec(&job)?;
+            let body = serde_json::to_vec(&job).map_err(EnqueueError::from)?;
             let publishing = channel.basic_publish(
                 "".into(),
                 short(&topology.jobs),
@@ -264,25 +263,41 @@ impl Sender<'_> {
                 properties,
             );
             waiting.push_back(answer(publishing).await?);
-            index += 1;
         }
         while !waiting.is_empty() {
-            self.confirm(&mut waiting, confirmed, seen).await?;
+            self.confirm(&mut waiting, confirmed, &mut seen).await?;
         }
         Ok(())
     }
 
-    fn properties(&self, queues: &RunQueues, digest: &str) -> BasicProperties {
+    /// Puts the run on the list of runs.
+    async fn register(&self, connection: &Connection, jobs: u64, images: u64) -> Outcome<()> {
+        let Self { target, plan, .. } = self;
+        let begun = Begun {
+            run: plan.run.clone(),
+            jobs,
+            images,
+            classes: plan.classes.to_string(),
+            queue: target.topology.jobs.clone(),
+            at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+        };
+        let channel = answer(connection.create_channel()).await?;
+        registry::add(&channel, target.first, &begun).await?;
+        answer(channel.close(200, "done".into())).await?;
+        Ok(())
+    }
+
+    fn properties(&self, digest: &str) -> BasicProperties {
         let mut headers = FieldTable::default();
         put(&mut headers, DIGEST, digest);
-        let copies = vec![AMQPValue::LongString(queues.sent.as_str().into())];
+        let copies = vec![AMQPValue::LongString(self.queues.sent.as_str().into())];
         headers.insert(short("BCC"), AMQPValue::FieldArray(FieldArray::from(copies)));
         BasicProperties::default()
             .with_headers(headers)
             .with_delivery_mode(2)
             .with_type(JOB_TYPE.into())
             .with_content_type("application/json".into())
-            .with_reply_to(short(&queues.results))
+            .with_reply_to(short(&self.queues.results))
     }
 
     /// Waits for the oldest confirm.
@@ -291,7 +306,7 @@ impl Sender<'_> {
         waiting: &mut VecDeque<PublisherConfirm>,
         confirmed: &mut u64,
         seen: &mut impl FnMut(Step),
-    ) -> Result<(), Failed> {
+    ) -> Outcome<()> {
         let Some(oldest) = waiting.pop_front() else { return Ok(()) };
         match answer(oldest).await? {
             Confirmation::Ack(None) => {
@@ -300,37 +315,42 @@ impl Sender<'_> {
                 Ok(())
             }
             Confirmation::Ack(Some(_)) => {
-                Err(Failed::Final(EnqueueError::NoQueue(self.topology.jobs.clone())))
+                Err(EnqueueError::NoQueue(self.target.topology.jobs.clone()).into())
             }
             _ => Err(Failed::Connection("the broker refused a job".to_owned())),
         }
     }
 
-    /// Waits until the queue of jobs is short enough.
-    async fn room(
+    /// Waits until the queue of jobs is short enough; false if the run was cancelled.
+    async fn may_send(
         &self,
-        connection: &Connection,
-        most: u64,
-        looked: &mut Option<(Instant, u64)>,
+        asking: &mut Asking<'_>,
         seen: &mut impl FnMut(Step),
-    ) -> Result<(), Failed> {
+    ) -> Outcome<bool> {
         loop {
-            match looked {
-                // What was sent since the last look counts.
-                Some((at, room)) if *room > 0 && at.elapsed() < LOOK => {
-                    *room -= 1;
-                    return Ok(());
-                }
-                _ => {}
+            if asking.has_room()
+                && let Some((_, room)) = &mut asking.looked
+            {
+                *room -= 1;
+                return Ok(true);
             }
-            let queued = ready(connection, &self.topology.jobs).await?.unwrap_or(0);
+            if self.queues.is_cancelled(&asking.channel).await? {
+                seen(Step::Cancelled);
+                return Ok(false);
+            }
+            let Some(most) = self.plan.max_queued else {
+                asking.looked = Some((Instant::now(), u64::MAX));
+                continue;
+            };
+            let jobs = look_at(asking.connection, &self.target.topology.jobs).await?;
+            let queued = jobs.map_or(0, |queue| queue.ready);
             let room = most.saturating_sub(queued);
-            *looked = Some((Instant::now(), room));
+            asking.looked = Some((Instant::now(), room));
             if room == 0 {
                 seen(Step::Full { queued });
                 tokio::select! {
                     () = sleep(LOOK) => {}
-                    () = self.stop.cancelled() => return Ok(()),
+                    () = self.stop.cancelled() => return Ok(true),
                 }
             }
         }

@@ -25,6 +25,8 @@ pub struct Have {
     count: u64,
     /// How many jobs the run has, as its results say.
     jobs: Option<u64>,
+    /// How many of them were sent, if no more will be.
+    sent: Option<u64>,
 }
 
 impl Have {
@@ -48,7 +50,20 @@ impl Have {
 
     /// How many jobs the run has; none as long as nobody said.
     pub fn jobs(&self) -> Option<u64> {
+        match (self.jobs, self.sent) {
+            (Some(jobs), Some(sent)) => Some(jobs.min(sent)),
+            (jobs, sent) => jobs.or(sent),
+        }
+    }
+
+    /// How many it was to have, whether it was cancelled or not.
+    pub fn planned(&self) -> Option<u64> {
         self.jobs
+    }
+
+    /// No more than the first `sent` jobs of the run were sent, or will be.
+    pub fn only(&mut self, sent: u64) {
+        self.sent = Some(sent);
     }
 
     /// Whoever sent the run says how many jobs it has.
@@ -58,13 +73,13 @@ impl Have {
 
     /// Whether there is a result of each job.
     pub fn is_complete(&self) -> bool {
-        self.jobs == Some(self.count)
+        self.jobs() == Some(self.count)
     }
 
     /// The numbers of jobs without a result, as ranges of which the last belongs to it.
     pub fn missing(&self) -> Vec<(u64, u64)> {
         let mut ranges: Vec<(u64, u64)> = Vec::new();
-        for index in 0..self.jobs.unwrap_or(0) {
+        for index in 0..self.jobs().unwrap_or(0) {
             let word = self.bits.get((index / 64) as usize).copied().unwrap_or(0);
             if word & (1 << (index % 64)) != 0 {
                 continue;
@@ -168,6 +183,11 @@ impl Journal {
     /// Whoever sent the run says how many jobs it has.
     pub fn expect(&mut self, jobs: u64) {
         self.have.expect(jobs);
+    }
+
+    /// The run was cancelled after so many jobs.
+    pub fn only(&mut self, sent: u64) {
+        self.have.only(sent);
     }
 
     /// Hands each result's JSON to `each`, in the order in which they came.

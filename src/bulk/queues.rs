@@ -5,27 +5,29 @@
 //!   is published once and routed to both queues by the broker (header `BCC`, an extension of
 //!   RabbitMQ's), in the order of one channel. So what is found here is exactly how far the run came,
 //!   wherever its enqueuing was ended.
+//! * `<base>.run.<id>.cancelled`: empty. The run is cancelled if it is there.
+//!
+//! The base is the first queue of jobs without `.jobs`, whichever queue the jobs go to.
 
-use std::time::Duration;
-
-use lapin::options::{BasicGetOptions, BasicNackOptions, QueueDeclareOptions, QueueDeleteOptions};
-use lapin::protocol::AMQPSoftError;
+use lapin::options::{
+    BasicGetOptions, BasicNackOptions, BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions,
+};
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{Channel, Connection};
-use tokio::time::timeout;
+use lapin::{Channel, Confirmation, Connection};
 
-use crate::amqp::{AmqpError, put, refused, short};
+use crate::amqp::ask::{Queue, answer, is_missing, look_at, question};
+use crate::amqp::{AmqpError, put, short};
 use crate::job::Run;
 
 /// Header of a run's jobs: the digest of its images and of how they are sent.
 pub const DIGEST: &str = "angler-run-digest";
 
-/// What the broker may take to answer.
-const ANSWER: Duration = Duration::from_secs(15);
-
 /// The longest id of a run: with it a queue's name keeps to 255 bytes, and a job's id, the run's with
 /// its number behind it, to 200 characters.
 pub const MAX_RUN_BYTES: usize = 128;
+
+/// How long a mark of cancelling is kept while nobody looks at it. By then its jobs are gone.
+const MARK: i64 = 7 * 24 * 3600 * 1000; // ms
 
 /// Checks a run's id: 1 to 128 of letters, digits, `.`, `_`, `-` and `/`.
 ///
@@ -42,6 +44,11 @@ pub fn check_run(id: &str) -> Result<(), String> {
     ))
 }
 
+/// What a fleet's other queues are named after: its first queue of jobs.
+pub(super) fn base(jobs: &str) -> &str {
+    jobs.strip_suffix(".jobs").unwrap_or(jobs)
+}
+
 /// The names of a run's queues.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunQueues {
@@ -49,6 +56,8 @@ pub struct RunQueues {
     pub results: String,
     /// The last job that was sent.
     pub sent: String,
+    /// There if the run is cancelled.
+    pub cancelled: String,
 }
 
 /// How far a run came.
@@ -61,14 +70,14 @@ pub struct Sent {
 }
 
 impl RunQueues {
-    /// Those of a run whose jobs go to the queue `jobs`.
+    /// Those of a run of the fleet whose first queue of jobs is `jobs`.
     pub fn new(jobs: &str, run: &str) -> Self {
-        let base = jobs.strip_suffix(".jobs").unwrap_or(jobs);
-        let results = format!("{base}.run.{run}");
-        Self { sent: format!("{results}.sent"), results }
+        let results = format!("{}.run.{run}", base(jobs));
+        let (sent, cancelled) = (format!("{results}.sent"), format!("{results}.cancelled"));
+        Self { results, sent, cancelled }
     }
 
-    /// Declares both.
+    /// Declares those of results and of what was sent.
     ///
     /// # Errors
     /// What the broker said.
@@ -78,15 +87,8 @@ impl RunQueues {
         // Written out: from 4.0 on there is a limit of 20 unless another is declared, and a result
         // is given back each time that its collecting is ended.
         results.insert(short("x-delivery-limit"), AMQPValue::LongLongInt(1_000_000_000));
-        let mut sent = FieldTable::default();
-        put(&mut sent, "x-queue-type", "classic"); // A quorum queue drops its head later.
-        sent.insert(short("x-max-length"), AMQPValue::LongLongInt(1));
-        put(&mut sent, "x-overflow", "drop-head");
-        for (name, arguments) in [(&self.results, results), (&self.sent, sent)] {
-            let options = QueueDeclareOptions::durable();
-            answer(channel.queue_declare(short(name), options, arguments)).await?;
-        }
-        Ok(())
+        declare(channel, &self.results, results).await?;
+        declare(channel, &self.sent, only_one()).await
     }
 
     /// How far the run came; none if no job was sent. Looks and takes nothing.
@@ -97,11 +99,7 @@ impl RunQueues {
         let channel = answer(connection.create_channel()).await?;
         let by_hand = BasicGetOptions { no_ack: false };
         let got = match answer(channel.basic_get(short(&self.sent), by_hand)).await {
-            Err(AmqpError::Broker(error))
-                if refused(&error).is_some_and(|r| r.0 == AMQPSoftError::NOTFOUND) =>
-            {
-                return Ok(None);
-            }
+            Err(error) if is_missing(&error) => return Ok(None),
             got => got?,
         };
         let Some(got) = got else { return Ok(None) };
@@ -119,55 +117,66 @@ impl RunQueues {
         Ok(job.map(|OnlyRun { run }| Sent { run, digest: digest.unwrap_or_default() }))
     }
 
-    /// How many results wait; none if there is no such queue.
+    /// The results that wait; none if there is no such run.
     ///
     /// # Errors
     /// What the broker said.
-    pub async fn waiting(&self, connection: &Connection) -> Result<Option<u64>, AmqpError> {
-        ready(connection, &self.results).await
+    pub async fn waiting(&self, connection: &Connection) -> Result<Option<Queue>, AmqpError> {
+        look_at(connection, &self.results).await
     }
 
-    /// Deletes both, with what is in them.
+    /// Marks the run as cancelled.
+    ///
+    /// # Errors
+    /// What the broker said.
+    pub async fn cancel(&self, connection: &Connection) -> Result<(), AmqpError> {
+        let channel = answer(connection.create_channel()).await?;
+        let mut arguments = only_one();
+        arguments.insert(short("x-expires"), AMQPValue::LongLongInt(MARK));
+        declare(&channel, &self.cancelled, arguments).await?;
+        answer(channel.close(200, "done".into())).await
+    }
+
+    /// Whether the run is cancelled. `channel` confirms, and nothing else is in flight on it.
+    ///
+    /// # Errors
+    /// What the broker said.
+    pub async fn is_cancelled(&self, channel: &Channel) -> Result<bool, AmqpError> {
+        let mandatory = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let queue = short(&self.cancelled);
+        let asking = async {
+            channel.basic_publish("".into(), queue, mandatory, &[], question()).await?.await
+        };
+        Ok(matches!(answer(asking).await?, Confirmation::Ack(None)))
+    }
+
+    /// Deletes all, with what is in them.
     ///
     /// # Errors
     /// What the broker said.
     pub async fn delete(&self, connection: &Connection) -> Result<(), AmqpError> {
         let channel = answer(connection.create_channel()).await?;
         // The results last: as long as they are there, the run is.
-        for name in [&self.sent, &self.results] {
+        for name in [&self.sent, &self.cancelled, &self.results] {
             answer(channel.queue_delete(short(name), QueueDeleteOptions::default())).await?;
         }
         answer(channel.close(200, "done".into())).await
     }
 }
 
-/// Messages in a queue that nobody holds; none if there is no such queue.
-///
-/// # Errors
-/// What the broker said.
-pub async fn ready(connection: &Connection, queue: &str) -> Result<Option<u64>, AmqpError> {
-    // A refusal closes the channel, so each question has its own.
-    let channel = answer(connection.create_channel()).await?;
-    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    match answer(channel.queue_declare(short(queue), passive, FieldTable::default())).await {
-        Ok(queue) => {
-            answer(channel.close(200, "done".into())).await?;
-            Ok(Some(queue.message_count().into()))
-        }
-        Err(AmqpError::Broker(error))
-            if refused(&error).is_some_and(|r| r.0 == AMQPSoftError::NOTFOUND) =>
-        {
-            Ok(None)
-        }
-        Err(error) => Err(error),
-    }
+async fn declare(channel: &Channel, name: &str, arguments: FieldTable) -> Result<(), AmqpError> {
+    let options = QueueDeclareOptions::durable();
+    answer(channel.queue_declare(short(name), options, arguments)).await?;
+    Ok(())
 }
 
-pub(super) async fn answer<T>(
-    call: impl Future<Output = Result<T, lapin::Error>>,
-) -> Result<T, AmqpError> {
-    let silent = AmqpError::Silent(ANSWER.as_secs());
-    timeout(ANSWER, call).await.map_err(|_| silent)?.map_err(AmqpError::from)
+/// Arguments of a queue that keeps the last message alone.
+fn only_one() -> FieldTable {
+    let mut arguments = FieldTable::default();
+    put(&mut arguments, "x-queue-type", "classic"); // A quorum queue drops its head later.
+    arguments.insert(short("x-max-length"), AMQPValue::LongLongInt(1));
+    put(&mut arguments, "x-overflow", "drop-head");
+    arguments
 }
 
 #[cfg(test)]
@@ -178,8 +187,8 @@ mod tests {
     fn a_runs_queues_are_named_after_the_jobs_queue_and_the_run() {
         let queues = RunQueues::new("angler.jobs", "nightly");
         assert_eq!(
-            (&*queues.results, &*queues.sent),
-            ("angler.run.nightly", "angler.run.nightly.sent")
+            (&*queues.results, &*queues.sent, &*queues.cancelled),
+            ("angler.run.nightly", "angler.run.nightly.sent", "angler.run.nightly.cancelled")
         );
         assert_eq!(RunQueues::new("fleet-b", "n").results, "fleet-b.run.n");
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use indicatif::ProgressBar;
+use lapin::Connection;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
@@ -16,12 +17,13 @@ use super::UsageError;
 use super::output;
 use super::progress::progress_bar;
 use super::tables::show;
+use crate::amqp::ask::look_at;
 use crate::amqp::connect;
 use crate::amqp::dead::Filter;
 use crate::app::App;
 use crate::bulk::collector::{CollectError, Ended, Until, collect};
 use crate::bulk::journal::Journal;
-use crate::bulk::queues::{RunQueues, check_run, ready};
+use crate::bulk::queues::{RunQueues, check_run};
 use crate::bulk::table::{Format, Rows};
 use crate::job::{JobResult, Outcome, Verdict};
 use crate::shutdown;
@@ -74,7 +76,7 @@ impl Collect {
         output::check("--out", Some(&self.out))?;
         Format::of(&self.out).map_err(UsageError)?;
         let stop = shutdown::on_signals("stopping").context("signals cannot be caught")?;
-        let queues = RunQueues::new(&app.settings.amqp.jobs_queue, &self.run);
+        let queues = RunQueues::new(&app.settings.amqp.jobs_queue.first().queue, &self.run);
         let bar = progress_bar(0, "done");
         bar.unset_length();
         let (run, out, limits) = (self.run.as_str(), self.out.as_path(), &self.limits);
@@ -173,7 +175,7 @@ impl Collecting<'_> {
         summary.rate = (summary.images - before) as f64 / started.elapsed().as_secs_f64().max(1e-9);
         (summary.run, summary.jobs, summary.complete) =
             (run.to_owned(), journal.have().count(), ended == Ended::Complete);
-        if ended != Ended::Complete {
+        if !matches!(ended, Ended::Complete | Ended::Cancelled) {
             let known = known(app, run)
                 .await
                 .unwrap_or_else(|e| format!("(the broker cannot be asked: {e})"));
@@ -183,16 +185,21 @@ impl Collecting<'_> {
             return Ok(Collected {
                 summary,
                 out: None,
-                incomplete: Some(format!("{reason}: {missing}. {known}")),
+                incomplete: Some(format!("{reason}: {missing}. {known}. The same command goes on")),
             });
         }
+        let journal_planned = journal.have().planned().unwrap_or(0);
         tokio::task::block_in_place(|| write(&mut journal, out))?;
         let connection = connect(&options, "collect").await?;
         let deleted = queues.delete(&connection).await;
         crate::amqp::close(&connection).await;
         deleted?;
         journal.remove()?;
-        Ok(Collected { summary, out: Some(out.to_owned()), incomplete: None })
+        let planned = journal_planned;
+        let incomplete = (ended == Ended::Cancelled).then(|| {
+            format!("it was cancelled when {} of its {planned} jobs had been sent", summary.jobs)
+        });
+        Ok(Collected { summary, out: Some(out.to_owned()), incomplete })
     }
 }
 
@@ -218,7 +225,7 @@ fn write(journal: &mut Journal, out: &Path) -> Result<()> {
 
 fn reason(ended: Ended, limits: &Limits) -> String {
     match ended {
-        Ended::Complete => String::new(),
+        Ended::Complete | Ended::Cancelled => String::new(),
         Ended::Stopped => "interrupted".to_owned(),
         Ended::Failing => "too many failures (--max-failure-rate)".to_owned(),
         Ended::Silent => format!("no result for {} s", limits.silence),
@@ -245,19 +252,10 @@ fn missing(journal: &Journal) -> String {
 
 /// What the broker knows of jobs that have no result.
 async fn known(app: &App, run: &str) -> Result<String> {
-    let topology = app.settings.topology();
     let connection = connect(&app.settings.amqp_options("collect"), "collect").await?;
-    let asking = async {
-        let queued = ready(&connection, &topology.jobs).await?.unwrap_or(0);
-        let apart = ready(&connection, &topology.suspects_queue()).await?.unwrap_or(0);
-        let mut retrying = 0;
-        for delay in &topology.retry_delays {
-            retrying += ready(&connection, &topology.retry_queue(*delay)).await?.unwrap_or(0);
-        }
-        anyhow::Ok((queued, apart, retrying))
-    };
-    let (queued, apart, retrying) = asking.await?;
+    let backlog = backlog(app, &connection).await;
     crate::amqp::close(&connection).await;
+    let Backlog { queued, suspects, retrying } = backlog?;
     let mut dead = app.dead_letters("collect").await?;
     let filter = Filter { runs: vec![run.to_owned()], ..Filter::default() };
     let mut letters = Vec::new();
@@ -268,14 +266,41 @@ async fn known(app: &App, run: &str) -> Result<String> {
     }
     dead.close().await?;
     let mut text = format!(
-        "Of all runs {queued} jobs wait in {}, {apart} in {}, {retrying} for a retry",
-        topology.jobs,
-        topology.suspects_queue()
+        "Of all runs {queued} jobs wait in {}, {suspects} to be run alone, {retrying} for a retry",
+        app.settings.amqp.jobs_queue.names()
     );
     if !letters.is_empty() {
         let _ = write!(text, "; of this one given up: {}", letters.join(", "));
     }
     Ok(text)
+}
+
+/// Jobs of all runs that wait somewhere.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Backlog {
+    /// For a worker.
+    pub queued: u64,
+    /// To be run alone, because a worker ended while it held them.
+    pub suspects: u64,
+    /// For their next attempt.
+    pub retrying: u64,
+}
+
+/// Counts the jobs that wait.
+pub(super) async fn backlog(app: &App, connection: &Connection) -> Result<Backlog> {
+    let mut all = Backlog::default();
+    let ready = async |queue: &str| {
+        anyhow::Ok(look_at(connection, queue).await?.map_or(0, |queue| queue.ready))
+    };
+    for lane in &app.settings.amqp.jobs_queue {
+        let lane = app.settings.topology_of(lane);
+        all.queued += ready(&lane.jobs).await?;
+        all.suspects += ready(&lane.suspects_queue()).await?;
+        for delay in &lane.retry_delays {
+            all.retrying += ready(&lane.retry_queue(*delay)).await?;
+        }
+    }
+    Ok(all)
 }
 
 /// What came of a run.
@@ -299,7 +324,7 @@ impl Collected {
         }
         match incomplete {
             Some(reason) => {
-                bail!("run {} is not complete: {reason}. The same command goes on", summary.run)
+                bail!("run {} is not complete: {reason}", summary.run)
             }
             None => Ok(()),
         }

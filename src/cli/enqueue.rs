@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use futures_util::StreamExt;
 use globset::{Glob, GlobSet, GlobSetBuilder};
-use indicatif::{MultiProgress, ProgressBar};
+use indicatif::MultiProgress;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -17,8 +17,9 @@ use super::gather::has_image_ending;
 use super::progress::progress_bar;
 use super::tables::show;
 use super::{UsageError, output};
+use crate::amqp::topology::Topology;
 use crate::app::{App, is_s3};
-use crate::bulk::enqueuer::{Plan, Step, enqueue};
+use crate::bulk::enqueuer::{Plan, Step, Target, enqueue};
 use crate::bulk::manifest::{self, Format};
 use crate::bulk::queues::{RunQueues, check_run};
 use crate::bulk::spool::{Images, Spool};
@@ -31,8 +32,8 @@ use crate::store::s3::S3Uri;
 
 /// Send the images of an S3 prefix or of a list as the jobs of one run
 ///
-/// The jobs go to amqp.jobs_queue, and their results to a queue of the run's own, for
-/// `angler collect`. Interrupted in whatever way, the same command with the same --run goes on behind
+/// The jobs go to the first queue of amqp.jobs_queue, and their results to a queue of the run's own,
+/// for `angler collect`. Interrupted in whatever way, the same command with the same --run goes on behind
 /// the last job that was sent: no job is sent twice.
 #[derive(Args)]
 pub struct Enqueue {
@@ -46,6 +47,9 @@ pub struct Enqueue {
     /// The run's id [default: the set and the time]
     #[arg(long, value_name = "ID")]
     run: Option<String>,
+    /// Which queue of amqp.jobs_queue the jobs go to [default: the first]
+    #[arg(long, value_name = "QUEUE")]
+    queue: Option<String>,
     /// Images in a job
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1000))]
     per_job: u16,
@@ -101,6 +105,7 @@ impl Enqueue {
     pub(super) async fn run(self, app: &App) -> Result<()> {
         let selector = ClassSelector::parse(&self.classes).map_err(UsageError)?;
         let run = self.run_id(&selector)?;
+        let topology = self.topology(app)?;
         if let Some(out) = &self.out {
             output::check("--out", Some(out))?;
             table::Format::of(out).map_err(UsageError)?;
@@ -127,7 +132,7 @@ impl Enqueue {
         };
         match self.dry_run {
             true => self.show_plan(&plan, &images, &version),
-            false => Box::pin(self.send(app, &plan, &mut images, &stop)).await,
+            false => Box::pin(self.send(app, &topology, &plan, &mut images, &stop)).await,
         }
     }
 
@@ -141,6 +146,17 @@ impl Enqueue {
         };
         check_run(&run).map_err(|e| UsageError(format!("--run: {e}")))?;
         Ok(run)
+    }
+
+    /// The queues around the one that the jobs go to.
+    fn topology(&self, app: &App) -> Result<Topology, UsageError> {
+        let lanes = &app.settings.amqp.jobs_queue;
+        let lane = match &self.queue {
+            None => Some(lanes.first()),
+            Some(queue) => lanes.iter().find(|lane| lane.queue == *queue),
+        };
+        let wrong = || UsageError(format!("--queue: amqp.jobs_queue has only {}", lanes.names()));
+        Ok(app.settings.topology_of(lane.ok_or_else(wrong)?))
     }
 
     /// All images, on disk.
@@ -267,6 +283,7 @@ impl Enqueue {
     async fn send(
         &self,
         app: &App,
+        topology: &Topology,
         plan: &Plan,
         images: &mut Images,
         stop: &CancellationToken,
@@ -275,7 +292,7 @@ impl Enqueue {
         let jobs = plan.jobs(total);
         let bars = MultiProgress::new();
         let bar = bars.add(progress_bar(usize::try_from(total)?, "sent"));
-        let (started, mut skipped) = (Instant::now(), None);
+        let (started, mut skipped, mut is_cancelled) = (Instant::now(), None, false);
         let per_job = plan.per_job as u64;
         let step = |step: Step| match step {
             Step::Sent(sent) => {
@@ -288,13 +305,16 @@ impl Enqueue {
                 bar.set_position((sent * per_job).min(total));
             }
             Step::Full { queued } => bar.set_message(format!("{queued} jobs wait")),
+            Step::Cancelled => is_cancelled = true,
         };
-        let (options, topology) = (app.settings.amqp_options("enqueue"), app.settings.topology());
-        let sending = enqueue((&options, &topology), plan, images, stop, step);
+        let options = app.settings.amqp_options("enqueue");
+        let first = app.settings.amqp.jobs_queue.first().queue.as_str();
+        let target = Target { options: &options, topology, first };
+        let sending = enqueue(target, plan, images, stop, step);
         let (sent, collected) = match &self.out {
             None => (sending.await, None),
             Some(out) => {
-                let queues = RunQueues::new(&topology.jobs, &plan.run);
+                let queues = RunQueues::new(first, &plan.run);
                 let done = bars.add(progress_bar(usize::try_from(total)?, "done"));
                 let collecting = Collecting {
                     app,
@@ -309,10 +329,19 @@ impl Enqueue {
                 (sent, Some(collected))
             }
         };
-        finish(&bar);
+        bar.finish_and_clear();
         let sent = sent?;
         let new = sent - skipped.unwrap_or(0).min(sent);
         let seconds = started.elapsed();
+        if sent < jobs && is_cancelled {
+            if let Some(collected) = collected {
+                return collected?.tell(self.json);
+            }
+            bail!(
+                "run {run} was cancelled when {sent} of {jobs} jobs had been sent; angler collect --run {run} --out FILE fetches their results",
+                run = plan.run
+            );
+        }
         if sent < jobs {
             bail!(
                 "interrupted: {sent} of {jobs} jobs of run {run} were sent; the same command with --run {run} goes on",
@@ -353,10 +382,6 @@ fn told(plan: &Plan, images: u64, jobs: u64, new: u64, time: Duration) -> String
             )
         }
     }
-}
-
-fn finish(bar: &ProgressBar) {
-    bar.finish_and_clear();
 }
 
 /// What a worker can fetch.

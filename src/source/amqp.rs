@@ -82,6 +82,8 @@ impl AmqpSource {
         publisher: Arc<Publisher>,
         readiness: Arc<Readiness>,
     ) -> Self {
+        // Not ready before each queue is consumed.
+        readiness.set_consuming(&topology.jobs, false);
         Self {
             options,
             topology: Arc::new(topology),
@@ -126,7 +128,7 @@ impl AmqpSource {
             self.resuming = None;
             match (resumed, &mut self.live) {
                 (Ok(Ok(consumer)), Some(live)) => {
-                    self.readiness.set_consuming(true);
+                    self.readiness.set_consuming(&self.topology.jobs, true);
                     live.consumer = Some(consumer);
                 }
                 (Ok(Err(error)), _) => self.lose(&error.to_string()),
@@ -157,7 +159,7 @@ impl AmqpSource {
                         prefetch = self.prefetch,
                         "consuming"
                     );
-                    self.readiness.set_consuming(true);
+                    self.readiness.set_consuming(&self.topology.jobs, true);
                     self.live = Some(live);
                 }
                 Ok(Err(error)) => self.try_again(&error.to_string()),
@@ -177,7 +179,7 @@ impl AmqpSource {
 
     fn lose(&mut self, reason: &str) {
         tracing::warn!("the consumer ended and is started anew: {reason}");
-        self.readiness.set_consuming(false);
+        self.readiness.set_consuming(&self.topology.jobs, false);
         self.suspects.send_replace(false);
         if let Some(live) = self.live.take() {
             live.lost.cancel();
@@ -342,13 +344,13 @@ impl JobSource for AmqpSource {
     }
 
     async fn pause(&mut self, reason: &'static str) {
-        self.readiness.set_paused(reason);
+        self.readiness.set_paused(&self.topology.jobs, reason);
         self.end_consumer().await;
     }
 
     async fn stop(&mut self) {
         self.stopped = true;
-        self.readiness.set_consuming(false);
+        self.readiness.set_consuming(&self.topology.jobs, false);
         if let Some(opening) = self.opening.take() {
             // Not aborted: a consumer that is half-made must be closed to give back what it has.
             tokio::spawn(async move {

@@ -291,6 +291,7 @@ impl Default for Rig {
                     max_attempts: 3,
                 },
                 shadow: None,
+                cancellations: None,
             },
             catalog: fixed(None),
             sink: TestSink::default(),

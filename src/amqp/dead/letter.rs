@@ -13,7 +13,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::amqp::{DIED_AT, again, number_header, string_header};
+use crate::amqp::{DIED_AT, JOBS_QUEUE, again, number_header, string_header};
 use crate::job::id_of_malformed;
 
 /// Tables and lists in headers are shown to this depth.
@@ -33,6 +33,9 @@ pub struct DeadLetter {
     pub error: Option<String>,
     /// When it was given up.
     pub died_at: Option<SystemTime>,
+    /// The queue that it was given up from: one of jobs, or, if the broker did it, perhaps one of
+    /// suspects.
+    pub queue: Option<String>,
     /// As they came.
     pub properties: BasicProperties,
     /// As it came.
@@ -81,6 +84,8 @@ impl DeadLetter {
                 .or_else(|| number_header(headers, "angler-attempt")),
             error: string_header(headers, "angler-error"),
             died_at: told.or(recorded),
+            queue: string_header(headers, JOBS_QUEUE)
+                .or_else(|| string_header(headers, "x-first-death-queue")),
             body: data,
             tag,
             properties,

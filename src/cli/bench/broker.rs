@@ -76,10 +76,11 @@ fn ended_early(
 
 async fn drive(stage: &Stage, set: &Set, images: usize, connection: &Connection) -> Result<Sample> {
     let queues = &stage.app.settings.amqp;
+    let jobs_queue = &queues.jobs_queue.first().queue;
     let mut results = consume(connection, &queues.results_queue).await?;
     let publisher = stage.app.job_publisher("bench");
     let warm_up = job(set, "warm-up", 0)?;
-    send(&publisher, &queues.jobs_queue, &warm_up).await?;
+    send(&publisher, jobs_queue, &warm_up).await?;
     collect(&mut results, HashSet::from(["warm-up".to_owned()])).await?;
 
     let ids: Vec<String> = (0..images / IMAGES_PER_JOB).map(|n| format!("bench/{n}")).collect();
@@ -87,7 +88,7 @@ async fn drive(stage: &Stage, set: &Set, images: usize, connection: &Connection)
         ids.iter().enumerate().map(|(n, id)| job(set, id, n)).collect::<Result<_>>()?;
     let meter = Meter::start();
     let sending = async {
-        let sends = jobs.iter().map(|body| send(&publisher, &queues.jobs_queue, body));
+        let sends = jobs.iter().map(|body| send(&publisher, jobs_queue, body));
         let mut sends = stream::iter(sends).buffer_unordered(SENDING);
         while let Some(sent) = sends.next().await {
             sent?;

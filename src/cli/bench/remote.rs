@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use super::photos::Photos;
 use crate::amqp::{AmqpOptions, connect};
-use crate::config::Settings;
+use crate::config::{Lanes, Settings};
 use crate::store::s3::{self, S3Uri, brief};
 
 /// How long a broker or a worker may say nothing.
@@ -38,7 +38,7 @@ pub(super) struct Remote {
 /// takes nobody's.
 pub(super) fn with_own_queues(settings: &mut Settings) {
     let base = format!("angler.bench.{:016x}", fastrand::u64(..));
-    settings.amqp.jobs_queue = format!("{base}.jobs");
+    settings.amqp.jobs_queue = Lanes::one(format!("{base}.jobs"));
     settings.amqp.results_queue = format!("{base}.results");
     settings.amqp.dead_queue = format!("{base}.dead");
     settings.amqp.control_exchange = format!("{base}.control");
@@ -114,7 +114,8 @@ impl Remote {
             format!("objects of the benchmark are left below s3://{bucket}/{key}")
         })?;
         queues.map_err(|_| anyhow!("the broker does not answer")).flatten().with_context(|| {
-            let base = self.settings.amqp.jobs_queue.trim_end_matches(".jobs");
+            let queue = &self.settings.amqp.jobs_queue.first().queue;
+            let base = queue.trim_end_matches(".jobs");
             format!("queues of the benchmark are left, whose names begin with {base}")
         })
     }

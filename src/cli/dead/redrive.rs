@@ -5,14 +5,15 @@ use clap::Args;
 use serde::Serialize;
 
 use super::{Chosen, end, letters, nothing, rest};
-use crate::amqp::dead::{DeadLetters, Filter};
+use crate::amqp::dead::{DeadLetter, DeadLetters, Filter};
 use crate::amqp::publisher::Publisher;
+use crate::amqp::topology::Topology;
 use crate::app::App;
 use crate::cli::tables::show;
 
 /// Send jobs that were given up on again, as new ones
 ///
-/// Each goes to the jobs queue with its first attempt before it, and is removed from the dead
+/// Each goes to the queue of jobs that it came from with its first attempt before it, and is removed from the dead
 /// letters once the broker has confirmed it there. A job whose cause is not mended dies again. Exit
 /// code 1 if none matches, or if not all could be sent.
 #[derive(Args)]
@@ -40,12 +41,15 @@ struct Outcome<'a> {
 impl RedriveCommand {
     pub(super) async fn run(self, app: &App) -> Result<()> {
         let filter = self.chosen.filter()?;
-        let (queue, to) = (&app.settings.amqp.dead_queue, &app.settings.amqp.jobs_queue);
+        let settings = &app.settings;
+        let (queue, to) = (&settings.amqp.dead_queue, &settings.amqp.jobs_queue.names());
+        let lanes: Vec<Topology> =
+            settings.amqp.jobs_queue.iter().map(|lane| settings.topology_of(lane)).collect();
         let mut outcome =
             Outcome { queue, to, dry_run: self.dry_run, matched: 0, redriven: 0, not_looked_at: 0 };
         let mut dead = app.dead_letters("dead redrive").await?;
         let publisher = app.job_publisher("dead redrive");
-        let sent = self.send(&mut dead, &publisher, &filter, &mut outcome).await;
+        let sent = self.send(&mut dead, &publisher, &filter, &lanes, &mut outcome).await;
         publisher.close().await;
         outcome.not_looked_at = dead.unseen();
         let ended = end(dead, sent).await;
@@ -64,6 +68,7 @@ impl RedriveCommand {
         dead: &mut DeadLetters,
         publisher: &Publisher,
         filter: &Filter,
+        lanes: &[Topology],
         outcome: &mut Outcome<'_>,
     ) -> Result<()> {
         let limit = self.chosen.limit.unwrap_or(u64::MAX);
@@ -75,12 +80,21 @@ impl RedriveCommand {
             }
             outcome.matched += 1;
             if !self.dry_run {
-                dead.redrive(letter, publisher, outcome.to).await?;
+                let to = came_from(&letter, lanes);
+                dead.redrive(letter, publisher, to).await?;
                 outcome.redriven += 1;
             }
         }
         Ok(())
     }
+}
+
+/// The queue of jobs that it came from, or the first one.
+fn came_from<'a>(letter: &DeadLetter, lanes: &'a [Topology]) -> &'a str {
+    let queue = letter.queue.as_deref().unwrap_or_default();
+    let its = |lane: &&Topology| lane.jobs == queue || lane.suspects_queue() == queue;
+    let lane = lanes.iter().find(its).or(lanes.first());
+    lane.map_or("", |lane| lane.jobs.as_str()) // There is at least one.
 }
 
 impl Outcome<'_> {

@@ -1,5 +1,6 @@
 //! The broker: reached, logged in to, its queues as a worker would declare them. Changes nothing.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -68,7 +69,13 @@ async fn reached(settings: &Settings) -> Vec<Check> {
         }
     };
     checks.push(Check::ok("login", format!("{} is accepted", redacted(&options.url))));
-    checks.extend(topology(&settings.topology(), &connection, &server, &uri).await);
+    let mut seen = BTreeSet::new();
+    for lane in &settings.amqp.jobs_queue {
+        let lane = settings.topology_of(lane);
+        // Results, dead letters and announcements are shared.
+        let of_lane = topology(&lane, &connection, &server, &uri).await;
+        checks.extend(of_lane.into_iter().filter(|check| seen.insert(check.name.clone())));
+    }
     close(&connection).await;
     checks
 }

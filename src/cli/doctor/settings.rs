@@ -63,7 +63,14 @@ fn unread(names: &[String]) -> Vec<Check> {
 
 fn names_twice(settings: &Settings) -> Vec<Check> {
     let mut uses: BTreeMap<String, usize> = BTreeMap::new();
-    for name in settings.topology().queue_names() {
+    let amqp = &settings.amqp;
+    let own = amqp.jobs_queue.iter().flat_map(|lane| {
+        let shared = [&amqp.results_queue, &amqp.dead_queue];
+        let mut names = settings.topology_of(lane).queue_names();
+        names.retain(|name| name == &lane.queue || !shared.contains(&name));
+        names
+    });
+    for name in own.chain([amqp.results_queue.clone(), amqp.dead_queue.clone()]) {
         *uses.entry(name).or_default() += 1;
     }
     let twice = uses.into_iter().filter(|(_, count)| *count > 1);

@@ -12,7 +12,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use super::acks::PendingAck;
 use crate::amqp::publisher::{Published, Publisher};
 use crate::amqp::topology::Topology;
-use crate::amqp::{DELIVERY_COUNT, DIED_AT, again, short};
+use crate::amqp::{DELIVERY_COUNT, DIED_AT, JOBS_QUEUE, again, short};
 use crate::source::{Settle, Settlement};
 
 /// Counts attempts across retries; never begins with `x-`, which RabbitMQ keeps for itself.
@@ -101,6 +101,7 @@ impl Settle for Message {
                     (DIED_AT, text(&now)),
                     ("angler-reason", text(failure.code.as_str())),
                     ("angler-attempts", AMQPValue::LongUInt(self.attempt)),
+                    (JOBS_QUEUE, text(&self.topology.jobs)),
                     (ERROR, text(&failure.message)),
                 ];
                 self.republish(&self.topology.dead, &own).await;

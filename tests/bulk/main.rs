@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // In tests a panic is the report.
 
+mod lanes;
+mod runs;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::collections::BTreeSet;

@@ -1,0 +1,75 @@
+//! Questions to a broker, each with a deadline.
+
+use std::time::Duration;
+
+use lapin::options::QueueDeclareOptions;
+use lapin::protocol::AMQPSoftError;
+use lapin::types::FieldTable;
+use lapin::{BasicProperties, Channel, Connection};
+use tokio::time::timeout;
+
+use super::{AmqpError, refused, short};
+
+/// What the broker may take to answer.
+const ANSWER: Duration = Duration::from_secs(15);
+
+/// What a call came to, in time.
+///
+/// # Errors
+/// What the broker said, or [`AmqpError::Silent`].
+pub(crate) async fn answer<T>(
+    call: impl Future<Output = Result<T, lapin::Error>>,
+) -> Result<T, AmqpError> {
+    let silent = AmqpError::Silent(ANSWER.as_secs());
+    timeout(ANSWER, call).await.map_err(|_| silent)?.map_err(AmqpError::from)
+}
+
+/// Whether the broker said that there is no such queue. It has closed the channel then.
+pub(crate) fn is_missing(error: &AmqpError) -> bool {
+    let AmqpError::Broker(error) = error else { return false };
+    refused(error).is_some_and(|(kind, _)| kind == AMQPSoftError::NOTFOUND)
+}
+
+/// Properties of a message that only asks whether its queue is there: it expires at once, and comes
+/// back if there is none. A passive declaration of a queue that is missing closes the channel and
+/// leaves an error in the broker's log each time.
+pub(crate) fn question() -> BasicProperties {
+    BasicProperties::default().with_expiration("0".into())
+}
+
+/// A queue as it is, which is not made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Queue {
+    /// Messages that nobody holds.
+    pub ready: u64,
+    /// Who consumes it.
+    pub consumers: u32,
+}
+
+/// Looks at a queue on a channel, which is of no more use if there is no such queue.
+///
+/// # Errors
+/// What the broker said.
+pub(crate) async fn look(channel: &Channel, queue: &str) -> Result<Queue, AmqpError> {
+    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    let declared = channel.queue_declare(short(queue), passive, FieldTable::default());
+    let queue = answer(declared).await?;
+    Ok(Queue { ready: queue.message_count().into(), consumers: queue.consumer_count() })
+}
+
+/// Looks at a queue; none if there is no such queue.
+///
+/// # Errors
+/// What the broker said.
+pub async fn look_at(connection: &Connection, queue: &str) -> Result<Option<Queue>, AmqpError> {
+    // A refusal closes the channel, so each question has its own.
+    let channel = answer(connection.create_channel()).await?;
+    match look(&channel, queue).await {
+        Ok(found) => {
+            answer(channel.close(200, "done".into())).await?;
+            Ok(Some(found))
+        }
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}

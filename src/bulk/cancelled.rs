@@ -1,0 +1,69 @@
+//! Which runs were cancelled, as workers ask before they begin a job.
+//!
+//! Asked of the broker, once a second for each run whose jobs come: a worker that is started later, or
+//! that was away, knows as much as the others.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use super::queues::RunQueues;
+use crate::amqp::publisher::Publisher;
+use crate::source::Cancellations;
+
+/// How long an answer counts.
+const FRESH: Duration = Duration::from_secs(1);
+/// Runs whose answers are kept at most.
+const KEPT: usize = 1000;
+
+/// Asks over a worker's publishing connection.
+pub struct CancelledRuns {
+    publisher: Arc<Publisher>,
+    /// The fleet's first queue of jobs.
+    jobs: String,
+    /// Held while the broker is asked: of many jobs that come at once, one asks.
+    known: Mutex<HashMap<String, Known>>,
+}
+
+#[derive(Clone, Copy)]
+struct Known {
+    is_cancelled: bool,
+    at: Instant,
+}
+
+impl CancelledRuns {
+    /// * `jobs`: the fleet's first queue of jobs, which the runs' queues are named after.
+    pub fn new(publisher: Arc<Publisher>, jobs: String) -> Self {
+        Self { publisher, jobs, known: Mutex::default() }
+    }
+}
+
+#[async_trait]
+impl Cancellations for CancelledRuns {
+    async fn is_cancelled(&self, run: &str) -> bool {
+        let mut all = self.known.lock().await;
+        let before = all.get(run).copied();
+        if let Some(known) = before
+            && known.at.elapsed() < FRESH
+        {
+            return known.is_cancelled;
+        }
+        let queue = RunQueues::new(&self.jobs, run).cancelled;
+        // A broker that does not answer now is asked again for the next job.
+        let Some(is_cancelled) = self.publisher.has_queue(&queue).await else { return false };
+        if is_cancelled && !before.is_some_and(|known| known.is_cancelled) {
+            tracing::info!(run, "cancelled: its jobs end as failed, without being worked on");
+        }
+        if all.len() >= KEPT {
+            all.retain(|_, known| known.at.elapsed() < FRESH);
+        }
+        if all.len() < KEPT {
+            all.insert(run.to_owned(), Known { is_cancelled, at: Instant::now() });
+        }
+        is_cancelled
+    }
+}

@@ -1,0 +1,243 @@
+//! `angler runs`: which bulk runs there are, how far one is, and its end before its time.
+
+use std::fmt::Write as _;
+
+use anyhow::{Result, bail};
+use clap::{Args, Subcommand};
+use lapin::Connection;
+use serde::Serialize;
+
+use super::UsageError;
+use super::collect::{Backlog, backlog};
+use super::tables::{ROWS, end, show, table};
+use crate::amqp::dead::{DeadError, Filter};
+use crate::amqp::{close, connect};
+use crate::app::App;
+use crate::bulk::queues::{RunQueues, check_run};
+use crate::bulk::registry::{self, Begun, State};
+
+/// The widest run and class set in a table.
+const RUN: usize = 30;
+const CLASSES: usize = 16;
+/// Jobs given up on that are named.
+const LETTERS: usize = 10;
+
+/// See which bulk runs there are and how far they are, or cancel one
+#[derive(Subcommand)]
+pub enum RunsCommand {
+    // The commands' own types carry their help.
+    List(ListCommand),
+    Show(ShowCommand),
+    Cancel(CancelCommand),
+}
+
+impl RunsCommand {
+    pub(super) async fn run(self, app: &App) -> Result<()> {
+        match self {
+            Self::List(command) => command.run(app).await,
+            Self::Show(command) => command.run(app).await,
+            Self::Cancel(command) => command.run(app).await,
+        }
+    }
+}
+
+/// List the runs whose results were not collected yet, the latest first
+///
+/// `results` wait in the run's queue to be collected; what a command that collects has taken is no
+/// longer there.
+#[derive(Args)]
+pub struct ListCommand {
+    /// Print a JSON object a run
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Listed<'a> {
+    #[serde(flatten)]
+    begun: &'a Begun,
+    #[serde(flatten)]
+    state: &'a State,
+}
+
+impl ListCommand {
+    async fn run(self, app: &App) -> Result<()> {
+        let first = &app.settings.amqp.jobs_queue.first().queue;
+        let mut runs = registry::runs(&app.settings.amqp_options("runs"), first).await?;
+        runs.reverse();
+        if self.json {
+            let mut text = String::new();
+            for (begun, state) in &runs {
+                let _ = writeln!(text, "{}", serde_json::to_string(&Listed { begun, state })?);
+            }
+            return Ok(show(&text)?);
+        }
+        if runs.is_empty() {
+            return Ok(show("no run waits to be collected\n")?);
+        }
+        let rows = runs.iter().take(ROWS).map(|(begun, state)| {
+            vec![
+                end(&begun.run, RUN),
+                end(&begun.classes, CLASSES),
+                word(state, begun.jobs).to_owned(),
+                begun.images.to_string(),
+                format!("{}/{}", state.sent, begun.jobs),
+                state.results.to_string(),
+            ]
+        });
+        let headers = ["run", "classes", "", "images", "jobs sent", "results"];
+        Ok(show(&table("", &headers, 3, rows, runs.len() as u64))?)
+    }
+}
+
+/// A run's state in a word.
+fn word(state: &State, jobs: u64) -> &'static str {
+    match state {
+        State { is_cancelled: true, .. } => "cancelled",
+        State { sent, .. } if *sent < jobs => "sending",
+        State { is_collected: true, .. } => "collecting",
+        _ => "sent",
+    }
+}
+
+/// Show how far a run is, and what is known of its jobs
+#[derive(Args)]
+pub struct ShowCommand {
+    /// The run, as `angler enqueue` named it
+    #[arg(value_name = "ID")]
+    run: String,
+    /// Print it as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Shown<'a> {
+    run: &'a str,
+    #[serde(flatten)]
+    state: State,
+    /// Jobs of the run that were given up on, and why.
+    dead: Vec<(String, String)>,
+    /// Jobs of all runs.
+    all_runs: Backlog,
+}
+
+impl ShowCommand {
+    async fn run(self, app: &App) -> Result<()> {
+        let run = self.run.as_str();
+        let (state, all_runs) = with_connection(app, run, async |connection, state| {
+            anyhow::Ok((state, backlog(app, connection).await?))
+        })
+        .await?;
+        let shown = Shown { run, state, dead: dead(app, run).await?, all_runs };
+        match self.json {
+            true => show(&format!("{}\n", serde_json::to_string(&shown)?))?,
+            false => show(&shown.text())?,
+        }
+        Ok(())
+    }
+}
+
+impl Shown<'_> {
+    fn text(&self) -> String {
+        let State { sent, jobs, results, is_collected, .. } = self.state;
+        let jobs = jobs.unwrap_or(0);
+        let mut text = format!("run      {}, {}\n", self.run, word(&self.state, jobs));
+        let _ = writeln!(text, "jobs     {sent} of {jobs} sent");
+        let taken = if is_collected { "; somebody collects them" } else { "" };
+        let _ = writeln!(text, "results  {results} wait to be collected{taken}");
+        for (at, (job, reason)) in self.dead.iter().take(LETTERS).enumerate() {
+            let title = if at == 0 { "dead     " } else { "         " };
+            let _ = writeln!(text, "{title}{job} ({reason})");
+        }
+        if self.dead.len() > LETTERS {
+            let _ = writeln!(text, "         and {} more", self.dead.len() - LETTERS);
+        }
+        let Backlog { queued, suspects, retrying } = self.all_runs;
+        let _ = writeln!(
+            text,
+            "queues   {queued} jobs of all runs wait, {suspects} to be run alone, {retrying} for a retry"
+        );
+        text
+    }
+}
+
+/// Jobs of the run that were given up on, and why.
+async fn dead(app: &App, run: &str) -> Result<Vec<(String, String)>> {
+    let mut dead = match app.dead_letters("runs").await {
+        Err(DeadError::NoQueue(_)) => return Ok(Vec::new()), // No worker has run yet.
+        dead => dead?,
+    };
+    let filter = Filter { runs: vec![run.to_owned()], ..Filter::default() };
+    let mut letters = Vec::new();
+    let read = async {
+        while let Some(letter) = dead.next().await? {
+            if filter.matches(&letter) {
+                letters.push((letter.job, letter.reason));
+            }
+        }
+        Ok::<_, DeadError>(())
+    };
+    let read = read.await;
+    dead.close().await?;
+    read?;
+    Ok(letters)
+}
+
+/// Cancel a run: no more of its jobs are sent, and workers drop those that wait
+///
+/// Within seconds its jobs come back as failed ones (`cancelled`), those that wait for a retry when
+/// their time comes; images that are in work are finished. Whoever enqueues the run stops.
+/// `angler collect` then writes what there is of it, and exits 1.
+#[derive(Args)]
+pub struct CancelCommand {
+    /// The run, as `angler enqueue` named it
+    #[arg(value_name = "ID")]
+    run: String,
+    /// Print the outcome as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl CancelCommand {
+    async fn run(self, app: &App) -> Result<()> {
+        let run = self.run.as_str();
+        let queues = RunQueues::new(&app.settings.amqp.jobs_queue.first().queue, run);
+        let state = with_connection(app, run, async |connection, state| {
+            queues.cancel(connection).await?;
+            anyhow::Ok(State { is_cancelled: true, ..state })
+        })
+        .await?;
+        if self.json {
+            let outcome = serde_json::json!({"run": run, "sent": state.sent, "jobs": state.jobs});
+            return Ok(show(&format!("{outcome}\n"))?);
+        }
+        let jobs = state.jobs.unwrap_or(0);
+        Ok(show(&format!(
+            "run {run} is cancelled: {} of its {jobs} jobs had been sent, and those that wait end as failed\nresults: angler collect --run {run} --out results.csv\n",
+            state.sent
+        ))?)
+    }
+}
+
+/// Does something with a run that is there.
+async fn with_connection<T>(
+    app: &App,
+    run: &str,
+    work: impl AsyncFnOnce(&Connection, State) -> Result<T>,
+) -> Result<T> {
+    check_run(run).map_err(|e| UsageError(format!("run: {e}")))?;
+    let first = &app.settings.amqp.jobs_queue.first().queue;
+    let connection = connect(&app.settings.amqp_options("runs"), "runs").await?;
+    let working = async {
+        match registry::state(&connection, first, run).await? {
+            Some(state) => work(&connection, state).await,
+            None => bail!(
+                "there is no run {run} (angler runs list): it was never enqueued here, or it was collected"
+            ),
+        }
+    };
+    let outcome = working.await;
+    close(&connection).await;
+    outcome
+}
