@@ -234,7 +234,7 @@ impl<'w> Load<'w> {
 }
 
 /// As `angler enqueue` sends a job.
-fn properties() -> BasicProperties {
+pub fn properties() -> BasicProperties {
     BasicProperties::default()
         .with_content_type("application/json".into())
         .with_type(JOB_TYPE.into())

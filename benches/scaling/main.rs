@@ -18,6 +18,9 @@
 //! * `latency`: from a job's time of arrival to its result, at 10, 50 and 90 % of what was measured
 //!   as capacity just before. Arrivals are a Poisson process that does not wait for anybody: a job
 //!   that is held up counts from when it was due.
+//! * `lanes`: one-image jobs in a queue of their own, while another has more jobs than can be done.
+//! * `runs`, only when it is named: a million keys listed and enqueued, and a run of 100,000 images
+//!   whose commands are killed on their way.
 //! * `idle`: one-image jobs, one at a time, to `angler worker` with its default model, beside the
 //!   time of the parts, each measured alone.
 //!
@@ -36,9 +39,11 @@ mod support;
 
 mod ceilings;
 mod idle;
+mod lanes;
 mod latency;
 mod load;
 mod overhead;
+mod runs;
 mod statistics;
 mod throughput;
 mod worker;
@@ -60,7 +65,7 @@ use crate::world::World;
 #[derive(Parser)]
 pub struct Options {
     /// Sections, by comma
-    #[arg(long, value_delimiter = ',', default_values = ["overhead", "scaling", "latency", "idle"])]
+    #[arg(long, value_delimiter = ',', default_values = ["overhead", "scaling", "latency", "lanes", "idle"])]
     only: Vec<Section>,
     /// Rounds; medians count
     #[arg(long, default_value_t = 3)]
@@ -74,10 +79,10 @@ pub struct Options {
     /// What a batch takes in the section `scaling`: a fast GPU, and one that leaves these cores room
     #[arg(long, value_delimiter = ',', default_values = ["20", "160"])]
     batch_ms: Vec<u64>,
-    /// What a batch takes in the section `latency`
+    /// What a batch takes in the sections `latency` and `lanes`
     #[arg(long, default_value_t = 40)]
     latency_batch_ms: u64,
-    /// Each load of the section `latency` lasts so many seconds a round
+    /// Each load of the sections `latency` and `lanes` lasts so many seconds a round
     #[arg(long, default_value_t = 7.0)]
     latency_seconds: f64,
     /// One-image jobs a round in the section `idle`
@@ -100,7 +105,10 @@ enum Section {
     Overhead,
     Scaling,
     Latency,
+    Lanes,
     Idle,
+    /// Only when it is named: it takes minutes and a release build of angler
+    Runs,
 }
 
 impl Options {
@@ -164,7 +172,9 @@ async fn run(options: &Options) -> Result<()> {
             Section::Overhead => ("overhead", overhead::measure(&world, options).await?),
             Section::Scaling => ("scaling", throughput::measure(&world, options).await?),
             Section::Latency => ("latency", latency::measure(&world, options).await?),
+            Section::Lanes => ("lanes", lanes::measure(&world, options).await?),
             Section::Idle => ("idle", idle::measure(&world, options).await?),
+            Section::Runs => ("runs", runs::measure(&world, options).await?),
         };
         report.insert(name.to_owned(), figures);
         // After each, so that a later one that fails takes nothing with it.

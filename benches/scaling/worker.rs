@@ -67,18 +67,25 @@ pub struct Workers<'w> {
     world: &'w World,
     prefetch: usize,
     batch_ms: u64,
+    settings: Vec<(String, String)>,
     children: Vec<Child>,
 }
 
 impl<'w> Workers<'w> {
     /// None yet. Each will hold `prefetch` jobs, and take `batch_ms` for a batch.
     pub fn new(world: &'w World, prefetch: usize, batch_ms: u64) -> Self {
-        Self { world, prefetch, batch_ms, children: Vec::new() }
+        Self { world, prefetch, batch_ms, settings: Vec::new(), children: Vec::new() }
+    }
+
+    /// Changes a setting of those that are started from now on.
+    pub fn set(&mut self, key: &str, value: &str) {
+        self.settings.push((key.to_owned(), value.to_owned()));
     }
 
     /// Starts more until there are `count`, and waits until all consume.
     pub async fn grow(&mut self, count: usize) -> Result<()> {
-        let settings = self.world.flags(&[("amqp.prefetch", &self.prefetch.to_string())]);
+        let mut settings = self.world.flags(&[("amqp.prefetch", &self.prefetch.to_string())]);
+        settings.extend(self.settings.iter().cloned());
         let orders = serde_json::to_string(&Orders { settings, batch_ms: self.batch_ms })?;
         while self.children.len() < count {
             let mut command = Command::new(std::env::current_exe()?);
