@@ -6,9 +6,11 @@
 //! its digest.
 
 pub mod collector;
+pub mod embeddings;
 pub mod enqueuer;
 pub mod journal;
 pub mod manifest;
 pub mod queues;
+pub mod result;
 pub mod spool;
 pub mod table;
