@@ -273,3 +273,107 @@ fn of_parquet(error: ParquetError) -> Error {
         other => Error::other(other),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use arrow_array::Array;
+    use arrow_array::cast::AsArray;
+    use arrow_array::types::Float32Type;
+    use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+
+    use super::*;
+    use crate::job::LabelScore;
+
+    fn read_back(file: File) -> (SchemaRef, usize, Vec<RecordBatch>) {
+        let builder = ParquetRecordBatchReaderBuilder::try_new(file).unwrap();
+        let (schema, groups) = (builder.schema().clone(), builder.metadata().num_row_groups());
+        (schema, groups, builder.build().unwrap().map(|batch| batch.unwrap()).collect())
+    }
+
+    fn written(embeddings: &Embeddings, rows: &[Row<'_>]) -> (SchemaRef, RecordBatch) {
+        let file = tempfile::tempfile().unwrap();
+        let mut columns = Columns::new(embeddings, file).unwrap();
+        rows.iter().for_each(|row| columns.push(row).unwrap());
+        let (schema, _, mut batches) = read_back(columns.finish().unwrap());
+        (schema, batches.remove(0))
+    }
+
+    #[test]
+    fn embeddings_are_lists_of_a_fixed_size_only_if_all_are_alike() {
+        let rows = |last: &'static [f32]| {
+            [Some(&[1.0, 2.0][..]), None, Some(last)].map(|embedding| Row {
+                embedding,
+                job: "n/0",
+                ..Row::default()
+            })
+        };
+        let alike = Embeddings { rows: 2, dim: 2, other: None };
+        let (schema, batch) = written(&alike, &rows(&[3.0, 4.0]));
+        let field = schema.field_with_name("embedding").unwrap();
+        let fixed = Field::new_fixed_size_list("embedding", element(DataType::Float32), 2, true);
+        assert_eq!(*field, fixed);
+        let column = batch.column_by_name("embedding").unwrap().as_fixed_size_list();
+        assert!(column.is_null(1));
+        assert_eq!(column.value(2).as_primitive::<Float32Type>().values(), &[3.0, 4.0]);
+
+        let mixed = Embeddings { other: Some(3), ..alike };
+        let (schema, batch) = written(&mixed, &rows(&[3.0, 4.0, 5.0]));
+        let field = schema.field_with_name("embedding").unwrap();
+        assert_eq!(*field, Field::new_list("embedding", element(DataType::Float32), true));
+        let column = batch.column_by_name("embedding").unwrap().as_list::<i32>();
+        assert!(column.is_null(1));
+        assert_eq!(column.value(2).as_primitive::<Float32Type>().values(), &[3.0, 4.0, 5.0]);
+
+        let none = [Row { job: "n/0", ..Row::default() }];
+        let (schema, _) = written(&Embeddings::default(), &none);
+        assert!(schema.field_with_name("embedding").is_err());
+        assert_eq!(schema.fields().len(), 12);
+    }
+
+    #[test]
+    fn no_rows_are_a_file_with_columns() {
+        let columns = Columns::new(&Embeddings::default(), tempfile::tempfile().unwrap()).unwrap();
+        let (schema, _, batches) = read_back(columns.finish().unwrap());
+        assert_eq!((schema.fields().len(), batches.len()), (12, 0));
+    }
+
+    #[test]
+    fn what_is_held_does_not_grow_with_the_rows() {
+        const ROWS: usize = 30_000;
+        const DIM: usize = 512;
+        let embeddings = Embeddings { rows: ROWS as u64, dim: DIM, other: None };
+        let mut columns = Columns::new(&embeddings, tempfile::tempfile().unwrap()).unwrap();
+        let top = [LabelScore { label: "red".to_owned(), score: 0.5 }];
+        let mut embedding = [0.25; DIM];
+        let mut most = 0;
+        for number in 0..ROWS {
+            let uri = format!("s3://photos/{number:012}.jpg");
+            embedding[0] = number as f32;
+            columns
+                .push(&Row {
+                    uri: Some(&uri),
+                    label: Some("red"),
+                    score: Some(0.5),
+                    top: Some(&top),
+                    job: "n/0",
+                    embedding: Some(&embedding),
+                    ..Row::default()
+                })
+                .unwrap();
+            most = most.max(columns.writer.memory_size() + columns.bytes);
+        }
+        // 60 MB have passed through.
+        assert!(most > GROUP_BYTES / 2 && most < 2 * GROUP_BYTES, "{most}");
+        let (_, groups, batches) = read_back(columns.finish().unwrap());
+        assert!((3..8).contains(&groups), "{groups}");
+        let first = |batch: &RecordBatch| -> Vec<f32> {
+            let column = batch.column_by_name("embedding").unwrap().as_fixed_size_list();
+            let values = column.values().as_primitive::<Float32Type>().values();
+            values.iter().step_by(DIM).copied().collect()
+        };
+        let numbers: Vec<f32> = batches.iter().flat_map(first).collect();
+        assert!(numbers.iter().copied().eq((0..ROWS).map(|number| number as f32)));
+    }
+}
