@@ -7,11 +7,13 @@
 
 pub mod cancelled;
 pub mod collector;
+pub mod embeddings;
 pub mod enqueuer;
 pub mod journal;
 pub mod manifest;
 pub mod queues;
 mod reconnect;
 pub mod registry;
+pub mod result;
 pub mod spool;
 pub mod table;

@@ -9,9 +9,10 @@ use lapin::{Channel, Connection, Consumer};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::journal::{Journal, run_of};
+use super::journal::Journal;
 use super::queues::RunQueues;
 use super::reconnect::{self, Failed, Reconnect};
+use super::result::line_of;
 use crate::amqp::ask::{answer, is_missing};
 use crate::amqp::{AmqpError, AmqpOptions, short};
 
@@ -166,14 +167,15 @@ impl Taking<'_> {
             };
             *self.last = Instant::now();
             (taken, tag) = (taken + 1, delivery.delivery_tag);
-            let Some(run) = run_of(&delivery.data, self.run) else {
+            let id = delivery.properties.message_id().as_ref().map(|id| id.as_str());
+            let Some((run, line)) = line_of(&delivery.data, id, self.run) else {
                 tracing::warn!(
                     queue = self.queues.results,
                     "a message that is no result of this run is left out"
                 );
                 continue;
             };
-            if self.journal.push(&run, &delivery.data)? && !seen(&delivery.data) {
+            if self.journal.push(&run, &line)? && !seen(&line) {
                 break Ended::Failing;
             }
         };

@@ -95,20 +95,23 @@ impl Have {
 
 /// The largest number of jobs that is believed: a result that says more cannot make us run out of
 /// memory.
-const MOST_JOBS: u64 = 1 << 32;
+pub(super) const MOST_JOBS: u64 = 1 << 32;
 
 /// Which job of which run a result is of. Results of jobs that could not be read have no `run`, but
-/// the id that they were given.
+/// the id that they were given; a `run` that cannot be read is passed over likewise.
 pub fn run_of(body: &[u8], run: &str) -> Option<Run> {
     #[derive(Deserialize)]
-    struct Only {
-        id: String,
-        run: Option<Run>,
+    struct OnlyRun {
+        run: Run,
     }
-    let only: Only = serde_json::from_slice(body).ok()?;
-    let found = match only.run {
-        Some(found) => found,
-        None => {
+    #[derive(Deserialize)]
+    struct OnlyId {
+        id: String,
+    }
+    let found = match serde_json::from_slice(body) {
+        Ok(OnlyRun { run }) => run,
+        Err(_) => {
+            let only: OnlyId = serde_json::from_slice(body).ok()?;
             let (id, index) = only.id.rsplit_once('/')?;
             Run { id: id.to_owned(), jobs: 0, index: index.parse().ok()? }
         }
@@ -153,7 +156,8 @@ impl Journal {
         Ok(Self { path: path.to_owned(), file: BufWriter::with_capacity(1 << 18, file), have })
     }
 
-    /// Appends a result, unless there is one of this job. False if there was.
+    /// Appends a result, a line ([`super::result::line_of`]), unless there is one of this job. False if
+    /// there was.
     ///
     /// # Errors
     /// What the system said: the disk is full.

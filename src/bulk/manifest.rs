@@ -1,6 +1,9 @@
-//! Lists of images, as people have them: text, CSV or JSON lines.
+//! Lists of images, as people have them: text, CSV, JSON lines or Parquet.
 
-use std::io::{BufRead, Read};
+mod columnar;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 use serde::Deserialize;
@@ -17,6 +20,8 @@ pub enum Format {
     Csv,
     /// A URI or an object with `uri` and perhaps `id` a line, as `angler classify` writes it
     Jsonl,
+    /// With a column `uri` of strings and perhaps one `id`; other columns are left out
+    Parquet,
 }
 
 impl Format {
@@ -26,6 +31,7 @@ impl Format {
             "txt" | "text" | "list" => Some(Self::Text),
             "csv" => Some(Self::Csv),
             "jsonl" | "ndjson" => Some(Self::Jsonl),
+            "parquet" | "pq" => Some(Self::Parquet),
             _ => None,
         }
     }
@@ -41,6 +47,24 @@ pub enum ManifestError {
         place: String,
         /// From 1.
         line: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A row is no image.
+    #[error("{place}, row {row}: {reason}")]
+    Row {
+        /// The list.
+        place: String,
+        /// From 1.
+        row: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// It is no Parquet file, or none with images.
+    #[error("{place} {reason}")]
+    Parquet {
+        /// The list.
+        place: String,
         /// What is wrong.
         reason: String,
     },
@@ -60,12 +84,18 @@ pub enum ManifestError {
 /// # Errors
 /// [`ManifestError`], at the first line that is no image.
 pub fn read(
-    source: impl BufRead,
+    mut source: impl BufRead,
     format: Format,
     place: &str,
     spool: &mut Spool,
     check: impl Fn(&str) -> Result<(), String>,
 ) -> Result<(), ManifestError> {
+    if format == Format::Parquet {
+        // It is read from its end: what comes through a pipe is put into a file first.
+        let mut file = tempfile::tempfile()?;
+        std::io::copy(&mut source, &mut file)?;
+        return columns(file, place, spool, check);
+    }
     let wrong =
         |line: u64, reason: String| ManifestError::Line { place: place.to_owned(), line, reason };
     let mut push = |line: u64, image: ImageRef| {
@@ -87,11 +117,47 @@ pub fn read(
         }
         let image = match format {
             Format::Jsonl => serde_json::from_str(text).map_err(|e| wrong(line, e.to_string()))?,
-            Format::Text | Format::Csv => ImageRef { uri: text.to_owned(), id: None },
+            Format::Text | Format::Csv | Format::Parquet => {
+                ImageRef { uri: text.to_owned(), id: None }
+            }
         };
         push(line, image)?;
     }
     Ok(())
+}
+
+/// As [`read`] does, from a file.
+///
+/// # Errors
+/// [`ManifestError`], at the first line or row that is no image.
+pub fn read_file(
+    file: File,
+    format: Format,
+    place: &str,
+    spool: &mut Spool,
+    check: impl Fn(&str) -> Result<(), String>,
+) -> Result<(), ManifestError> {
+    // A named pipe is no file that can be read from its end.
+    match format == Format::Parquet && file.metadata().is_ok_and(|of| of.is_file()) {
+        true => columns(file, place, spool, check),
+        false => read(BufReader::new(file), format, place, spool, check),
+    }
+}
+
+fn columns(
+    file: File,
+    place: &str,
+    spool: &mut Spool,
+    check: impl Fn(&str) -> Result<(), String>,
+) -> Result<(), ManifestError> {
+    columnar::read(file, place, |row, image| {
+        check(&image.uri).map_err(|reason| ManifestError::Row {
+            place: place.to_owned(),
+            row,
+            reason,
+        })?;
+        Ok(spool.push(image)?)
+    })
 }
 
 /// The longest line that is read: a row of results with an embedding has some kilobytes.
@@ -213,6 +279,7 @@ mod tests {
     fn a_list_is_known_by_its_ending() {
         assert_eq!(Format::of("s3://b/x.CSV"), Some(Format::Csv));
         assert_eq!(Format::of("a/b.ndjson"), Some(Format::Jsonl));
+        assert_eq!(Format::of("a/b.parquet"), Some(Format::Parquet));
         assert_eq!(Format::of("list.txt"), Some(Format::Text));
         assert_eq!(Format::of("s3://b/prefix/"), None);
         assert_eq!(Format::of("photo.jpg"), None);

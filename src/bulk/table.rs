@@ -1,15 +1,18 @@
 //! A run's results as a file that people know how to open: a row an image.
 //!
-//! A job that failed whole names no images: it is a row of its own, with its id and its error.
+//! A job that failed whole names no images: it is a row of its own, with its id and its error. So is a
+//! result that cannot be read.
+
+mod columns;
 
 use std::io::Write;
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
-use crate::error::Failure;
-use crate::job::{ImageEntry, JobResult, LabelScore, Outcome, Provenance, Verdict};
-use crate::sink::jsonl::Line;
+use self::columns::Columns;
+use super::result::{Embeddings, Entry, Outcome, RunError, RunResult, UNREADABLE, Verdict};
+use crate::job::{LabelScore, Provenance};
 
 /// How results are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,7 +21,12 @@ pub enum Format {
     Jsonl,
     /// A table; the classes beyond the best are JSON in its column `top`.
     Csv,
+    /// The same columns with types of their own, and embeddings where there are any.
+    Parquet,
 }
+
+/// The formats' endings, as a sentence names them.
+pub const ENDINGS: &str = ".jsonl, .csv or .parquet";
 
 impl Format {
     /// By a file's ending.
@@ -29,108 +37,151 @@ impl Format {
         match path.extension().and_then(|ending| ending.to_str()) {
             Some("jsonl" | "ndjson") => Ok(Self::Jsonl),
             Some("csv") => Ok(Self::Csv),
-            _ => Err(format!("{}: results are written as .jsonl or .csv", path.display())),
+            Some("parquet") => Ok(Self::Parquet),
+            _ => Err(format!("{}: results are written as {ENDINGS}", path.display())),
         }
     }
 }
 
-/// A row of a table.
-#[derive(Serialize)]
+/// A row of a table; the fields are its columns, in their order.
+#[derive(Default, Serialize)]
 struct Row<'a> {
     uri: Option<&'a str>,
     id: Option<&'a str>,
     label: Option<&'a str>,
     score: Option<f32>,
     margin: Option<f32>,
-    error: Option<String>,
+    error: Option<&'a str>,
     message: Option<&'a str>,
-    top: Option<String>,
+    #[serde(serialize_with = "as_json")]
+    top: Option<&'a [LabelScore]>,
     job: &'a str,
     classes: Option<&'a str>,
     model: Option<&'a str>,
     backend: Option<&'a str>,
+    /// Not in CSV: it would be most of the file, and no program reads it there.
+    #[serde(skip)]
+    embedding: Option<&'a [f32]>,
 }
 
-/// Writes rows.
-pub enum Rows<W: Write> {
-    /// [`Format::Jsonl`].
-    Jsonl(W),
-    /// [`Format::Csv`].
-    Csv(Box<csv::Writer<W>>),
-}
-
-impl<W: Write> Rows<W> {
-    /// Rows to `writer`.
-    pub fn new(format: Format, writer: W) -> Self {
-        match format {
-            Format::Jsonl => Self::Jsonl(writer),
-            Format::Csv => Self::Csv(Box::new(csv::Writer::from_writer(writer))),
-        }
-    }
-
-    /// Writes the rows of one result.
-    ///
-    /// # Errors
-    /// What the system said.
-    pub fn write(&mut self, result: &JobResult) -> std::io::Result<()> {
-        match &result.outcome {
-            Outcome::Done { provenance, images } => {
-                images.iter().try_for_each(|entry| self.image(&result.id, provenance, entry))
-            }
-            Outcome::Failed { error } => self.failed(&result.id, error),
-        }
-    }
-
-    fn image(
-        &mut self,
-        job: &str,
-        provenance: &Provenance,
-        entry: &ImageEntry,
-    ) -> std::io::Result<()> {
-        let csv = match self {
-            Self::Jsonl(writer) => return Line { entry, provenance }.write(writer),
-            Self::Csv(csv) => csv,
-        };
+impl<'a> Row<'a> {
+    fn of_image(job: &'a str, provenance: &'a Provenance, entry: &'a Entry) -> Self {
         let Provenance { classes, model, backend } = provenance;
-        let mut row = Row {
+        let mut row = Self {
             uri: Some(&entry.uri),
             id: entry.id.as_deref(),
+            job,
             classes: Some(classes),
             model: Some(model),
             backend: Some(backend),
-            ..Row::of(job)
+            embedding: entry.embedding(),
+            ..Self::default()
         };
         match &entry.verdict {
             Verdict::Labelled(classified) => {
                 row.label = classified.label.as_deref();
                 row.score = Some(classified.score);
                 row.margin = classified.margin;
-                row.top = Some(top(&classified.top)?);
+                row.top = Some(&classified.top);
             }
             Verdict::Failed { error } => {
-                row.error = Some(error.code.to_string());
+                row.error = Some(&error.code);
                 row.message = Some(&error.message);
             }
         }
-        csv.serialize(row).map_err(std::io::Error::other)
+        row
     }
 
-    fn failed(&mut self, job: &str, error: &Failure) -> std::io::Result<()> {
-        #[derive(Serialize)]
-        struct Failed<'a> {
-            job: &'a str,
-            error: &'a Failure,
+    fn of_job(job: &'a str, error: &'a RunError) -> Self {
+        Self { job, error: Some(&error.code), message: Some(&error.message), ..Self::default() }
+    }
+}
+
+fn as_json<S: Serializer>(top: &Option<&[LabelScore]>, serializer: S) -> Result<S::Ok, S::Error> {
+    match top {
+        None => serializer.serialize_none(),
+        Some(top) => {
+            let text = serde_json::to_string(top).map_err(serde::ser::Error::custom)?;
+            serializer.serialize_str(&text)
         }
+    }
+}
+
+/// A line of an image, as `angler classify` writes it.
+#[derive(Serialize)]
+struct ImageLine<'a> {
+    #[serde(flatten)]
+    entry: &'a Entry,
+    #[serde(flatten)]
+    provenance: &'a Provenance,
+}
+
+/// A line of a job without images.
+#[derive(Serialize)]
+struct JobLine<'a> {
+    job: &'a str,
+    error: &'a RunError,
+}
+
+/// Writes rows.
+pub enum Rows<W: Write + Send> {
+    /// [`Format::Jsonl`].
+    Jsonl(W),
+    /// [`Format::Csv`].
+    Csv(Box<csv::Writer<W>>),
+    /// [`Format::Parquet`].
+    Parquet(Box<Columns<W>>),
+}
+
+impl<W: Write + Send> Rows<W> {
+    /// Rows to `writer`, among which are these embeddings.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn new(format: Format, embeddings: &Embeddings, writer: W) -> std::io::Result<Self> {
+        Ok(match format {
+            Format::Jsonl => Self::Jsonl(writer),
+            Format::Csv => Self::Csv(Box::new(csv::Writer::from_writer(writer))),
+            Format::Parquet => Self::Parquet(Box::new(Columns::new(embeddings, writer)?)),
+        })
+    }
+
+    /// Writes the rows of one result.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn write(&mut self, result: &RunResult) -> std::io::Result<()> {
+        let unreadable;
+        let error = match &result.outcome {
+            Outcome::Done { provenance, images } => {
+                return images
+                    .iter()
+                    .try_for_each(|entry| self.image(&result.job, provenance, entry));
+            }
+            Outcome::Failed { error } => error,
+            Outcome::Unreadable { reason } => {
+                unreadable = RunError { code: UNREADABLE.to_owned(), message: reason.clone() };
+                &unreadable
+            }
+        };
         match self {
-            Self::Jsonl(writer) => {
-                serde_json::to_writer(&mut *writer, &Failed { job, error })?;
-                writer.write_all(b"\n")
-            }
-            Self::Csv(csv) => {
-                let (code, message) = (error.code.to_string(), error.message.as_str());
-                let row = Row { error: Some(code), message: Some(message), ..Row::of(job) };
-                csv.serialize(row).map_err(std::io::Error::other)
-            }
+            Self::Jsonl(writer) => line(writer, &JobLine { job: &result.job, error }),
+            _ => self.row(&Row::of_job(&result.job, error)),
+        }
+    }
+
+    fn image(&mut self, job: &str, by: &Provenance, entry: &Entry) -> std::io::Result<()> {
+        match self {
+            Self::Jsonl(writer) => line(writer, &ImageLine { entry, provenance: by }),
+            _ => self.row(&Row::of_image(job, by, entry)),
+        }
+    }
+
+    fn row(&mut self, row: &Row<'_>) -> std::io::Result<()> {
+        match self {
+            Self::Jsonl(writer) => line(writer, row),
+            Self::Csv(csv) => csv.serialize(row).map_err(std::io::Error::other),
+            Self::Parquet(columns) => columns.push(row),
         }
     }
 
@@ -142,29 +193,12 @@ impl<W: Write> Rows<W> {
         match self {
             Self::Jsonl(mut writer) => writer.flush().map(|()| writer),
             Self::Csv(csv) => csv.into_inner().map_err(|e| std::io::Error::other(e.to_string())),
+            Self::Parquet(columns) => columns.finish(),
         }
     }
 }
 
-impl<'a> Row<'a> {
-    fn of(job: &'a str) -> Self {
-        Self {
-            uri: None,
-            id: None,
-            label: None,
-            score: None,
-            margin: None,
-            error: None,
-            message: None,
-            top: None,
-            job,
-            classes: None,
-            model: None,
-            backend: None,
-        }
-    }
-}
-
-fn top(top: &[LabelScore]) -> std::io::Result<String> {
-    Ok(serde_json::to_string(top)?)
+fn line(writer: &mut impl Write, line: &impl Serialize) -> std::io::Result<()> {
+    serde_json::to_writer(&mut *writer, line)?;
+    writer.write_all(b"\n")
 }

@@ -1,6 +1,6 @@
 //! `angler enqueue`: many images as the jobs of one run.
 
-use std::io::{BufReader, Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -12,18 +12,18 @@ use indicatif::MultiProgress;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use super::UsageError;
+use super::collect::files::Files;
 use super::collect::{Collecting, Limits};
 use super::gather::has_image_ending;
-use super::progress::progress_bar;
+use super::progress::{RunBar, progress_bar};
 use super::tables::show;
-use super::{UsageError, output};
 use crate::amqp::topology::Topology;
 use crate::app::{App, is_s3};
 use crate::bulk::enqueuer::{Plan, Step, Target, enqueue};
 use crate::bulk::manifest::{self, Format};
 use crate::bulk::queues::{RunQueues, check_run};
 use crate::bulk::spool::{Images, Spool};
-use crate::bulk::table;
 use crate::classes::load::version_key;
 use crate::classes::publish::read_active;
 use crate::job::{ClassSelector, MAX_TOP_K};
@@ -37,8 +37,8 @@ use crate::store::s3::S3Uri;
 /// the last job that was sent: no job is sent twice.
 #[derive(Args)]
 pub struct Enqueue {
-    /// s3://bucket/prefix, a list of s3:// URIs (.txt, .csv, .jsonl; a file or in S3), or - for a list
-    /// on standard input
+    /// s3://bucket/prefix, a list of s3:// URIs (.txt, .csv, .jsonl, .parquet; a file or in S3), or - for a
+    /// list on standard input
     #[arg(value_name = "s3://BUCKET/PREFIX|LIST|-")]
     source: String,
     /// What to compare with; without a version each job takes the one that is active then
@@ -81,9 +81,12 @@ pub struct Enqueue {
     /// Collect the results as well, until the run is complete
     #[arg(long, requires = "out", conflicts_with = "dry_run")]
     wait: bool,
-    /// With --wait: where results go, .jsonl or .csv
+    /// With --wait: where results go, .jsonl, .csv or .parquet
     #[arg(long, value_name = "FILE", requires = "wait")]
     out: Option<PathBuf>,
+    /// With --wait: write the embeddings as well, as `angler collect` does; implies --embeddings
+    #[arg(long, value_name = "FILE.npy", requires = "wait")]
+    embeddings_out: Option<PathBuf>,
     #[command(flatten)]
     limits: Limits,
     /// Print the figures as JSON
@@ -106,9 +109,8 @@ impl Enqueue {
         let selector = ClassSelector::parse(&self.classes).map_err(UsageError)?;
         let run = self.run_id(&selector)?;
         let topology = self.topology(app)?;
-        if let Some(out) = &self.out {
-            output::check("--out", Some(out))?;
-            table::Format::of(out).map_err(UsageError)?;
+        if let Some(files) = self.files() {
+            files.check()?;
         }
         // Before the first job, and before a million keys are listed.
         let version = resolve(app, &selector).await?;
@@ -127,13 +129,18 @@ impl Enqueue {
             classes: selector,
             top_k: self.top_k,
             min_score: self.min_score,
-            embeddings: self.embeddings,
+            embeddings: self.embeddings || self.embeddings_out.is_some(),
             max_queued: self.max_queued,
         };
         match self.dry_run {
             true => self.show_plan(&plan, &images, &version),
             false => Box::pin(self.send(app, &topology, &plan, &mut images, &stop)).await,
         }
+    }
+
+    fn files(&self) -> Option<Files<'_>> {
+        let out = self.out.as_deref()?;
+        Some(Files { out, embeddings: self.embeddings_out.as_deref() })
     }
 
     fn run_id(&self, selector: &ClassSelector) -> Result<String, UsageError> {
@@ -191,7 +198,7 @@ impl Enqueue {
             }
             let file = std::fs::File::open(&path).with_context(|| source.clone())?;
             let format = given.or_else(|| Format::of(&source)).unwrap_or(Format::Text);
-            manifest::read(BufReader::new(file), format, &source, &mut spool, fetchable)?;
+            manifest::read_file(file, format, &source, &mut spool, fetchable)?;
             Ok(spool.finish()?)
         });
         reading.await?
@@ -215,7 +222,7 @@ impl Enqueue {
         file.seek(SeekFrom::Start(0))?;
         let place = self.source.clone();
         let reading = tokio::task::spawn_blocking(move || {
-            manifest::read(BufReader::new(file), format, &place, &mut spool, fetchable)?;
+            manifest::read_file(file, format, &place, &mut spool, fetchable)?;
             anyhow::Ok(spool.finish()?)
         });
         reading.await?
@@ -291,37 +298,38 @@ impl Enqueue {
         let total = images.len();
         let jobs = plan.jobs(total);
         let bars = MultiProgress::new();
-        let bar = bars.add(progress_bar(usize::try_from(total)?, "sent"));
+        let bar = RunBar::new(Some(total), "sent").among(&bars);
         let (started, mut skipped, mut is_cancelled) = (Instant::now(), None, false);
         let per_job = plan.per_job as u64;
+        let mut images_sent = 0;
         let step = |step: Step| match step {
             Step::Sent(sent) => {
+                images_sent = (sent * per_job).min(total);
                 if skipped.is_none() {
                     // What was sent by an earlier command is no work of this one.
                     skipped = Some(sent);
-                    bar.reset_elapsed();
+                    bar.begin(images_sent);
                 }
-                bar.set_message("");
-                bar.set_position((sent * per_job).min(total));
+                bar.set(images_sent, None, String::new());
             }
-            Step::Full { queued } => bar.set_message(format!("{queued} jobs wait")),
+            Step::Full { queued } => bar.set(images_sent, None, format!("{queued} jobs wait")),
             Step::Cancelled => is_cancelled = true,
         };
         let options = app.settings.amqp_options("enqueue");
         let first = app.settings.amqp.jobs_queue.first().queue.as_str();
         let target = Target { options: &options, topology, first };
         let sending = enqueue(target, plan, images, stop, step);
-        let (sent, collected) = match &self.out {
+        let queues = RunQueues::new(first, &plan.run);
+        let (sent, collected) = match self.files() {
             None => (sending.await, None),
-            Some(out) => {
-                let queues = RunQueues::new(first, &plan.run);
-                let done = bars.add(progress_bar(usize::try_from(total)?, "done"));
+            Some(files) => {
+                let done = RunBar::new(Some(total), "done").among(&bars);
                 let collecting = Collecting {
                     app,
                     run: &plan.run,
                     queues: &queues,
-                    out,
-                    jobs: Some(jobs),
+                    files,
+                    expected: Some((jobs, total)),
                     limits: &self.limits,
                     bar: done,
                 };
@@ -329,7 +337,7 @@ impl Enqueue {
                 (sent, Some(collected))
             }
         };
-        bar.finish_and_clear();
+        bar.clear();
         let sent = sent?;
         let new = sent - skipped.unwrap_or(0).min(sent);
         let seconds = started.elapsed();

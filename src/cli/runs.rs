@@ -8,7 +8,7 @@ use lapin::Connection;
 use serde::Serialize;
 
 use super::UsageError;
-use super::collect::{Backlog, backlog};
+use super::collect::missing::{Backlog, backlog};
 use super::tables::{ROWS, end, show, table};
 use crate::amqp::dead::{DeadError, Filter};
 use crate::amqp::{close, connect};

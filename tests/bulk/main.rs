@@ -372,7 +372,7 @@ async fn what_cannot_become_a_run_is_refused_before_a_job_is_sent() {
         (2, prefix, &["--include", "["], "--include: "),
         (2, &good, &["--run", "a b"], "cannot be used multiple times"),
         (2, &good, &["--out", "x.csv"], "--wait"),
-        (2, &good, &["--wait", "--out", "x.xlsx"], ".jsonl or .csv"),
+        (2, &good, &["--wait", "--out", "x.xlsx"], ".jsonl, .csv or .parquet"),
         (2, &good, &["--top-k", "0"], "must be 1 to 100"),
         (2, &good, &["--per-job", "0"], "per-job"),
     ] {

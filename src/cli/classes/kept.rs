@@ -11,6 +11,7 @@ use ndarray::{Array2, ArrayViewMut1};
 use serde::Deserialize;
 
 use super::npy::NpyRows;
+use crate::bulk::embeddings::id_of;
 use crate::error::ImageError;
 use crate::job::decode_embedding;
 use crate::score::normalise;
@@ -142,7 +143,7 @@ impl KeptFile {
                     Some(ids) => {
                         let id = ids.next().transpose().context("--ids")?;
                         let id = id.ok_or_else(|| anyhow!("{} has no id in --ids", place()))?;
-                        id.trim_end_matches('\r').to_owned()
+                        id_of(id.trim_end_matches('\r'))
                     }
                 };
                 *row += 1;

@@ -28,7 +28,8 @@ pub struct RescoreCommand {
     /// "embeddings": true, or .npy, [rows, dim]
     #[arg(long, value_name = "FILE")]
     embeddings: PathBuf,
-    /// With .npy: the URI of each row, one a line [default: the number of the row, from 0]
+    /// With .npy: the URI of each row, one a line, as `angler collect --embeddings-out` writes them
+    /// [default: the number of the row, from 0]
     #[arg(long, value_name = "FILE")]
     ids: Option<PathBuf>,
     /// SET[@VERSION] under classes.root, or a class vectors file
