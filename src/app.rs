@@ -19,7 +19,8 @@ use crate::classes::shadow::Shadow;
 use crate::config::{Lane, Settings, redacted};
 use crate::embed;
 use crate::engine::Engine;
-use crate::health::Readiness;
+use crate::health::{About, Readiness};
+use crate::metrics::Metrics;
 use crate::model::Model;
 use crate::outage::Outage;
 use crate::pipeline::Pipeline;
@@ -39,13 +40,15 @@ use crate::worker::{Worker, WorkerOptions};
 pub struct App {
     /// The settings, all layers.
     pub settings: Settings,
+    /// What the engine and all around it record.
+    pub metrics: Arc<Metrics>,
     s3: OnceCell<aws_sdk_s3::Client>,
 }
 
 impl App {
     /// Parts by these settings; nothing is opened yet.
     pub fn new(settings: Settings) -> Self {
-        Self { settings, s3: OnceCell::new() }
+        Self { settings, metrics: Arc::default(), s3: OnceCell::new() }
     }
 
     /// The one client of the store; its requests are not made yet.
@@ -110,7 +113,8 @@ impl App {
             let policy = self.settings.batch_policy();
             let on_failure = self.settings.embedder.on_device_failure;
             let scorer = self.settings.scorer();
-            Ok(Engine::start_with(opened.embedders, policy, size, scorer, on_failure)?)
+            let metrics = Arc::clone(&self.metrics);
+            Ok(Engine::start_with(opened.embedders, policy, size, scorer, on_failure, metrics)?)
         })
     }
 
@@ -267,6 +271,12 @@ impl App {
         let catalog = self.catalog(model).await?.uploading_to(engine.class_memories());
         let catalog = Arc::new(catalog);
         readiness.set_catalog(Arc::clone(&catalog));
+        readiness.set_about(About {
+            worker: name.clone(),
+            queue: s.amqp.jobs_queue.names(),
+            model: model.fingerprint.clone(),
+            max_batch: s.embedder.max_batch,
+        });
         for selector in s.preload()? {
             let loaded = catalog.resolve(&selector).await;
             loaded.with_context(|| format!("classes.preload: {selector}"))?;
@@ -277,15 +287,14 @@ impl App {
         let limits = s.image_limits();
         let pipeline = Pipeline::new(store, engine.clone(), model.pixels.clone(), &limits);
         let pipeline = Arc::new(pipeline.watched_by(Arc::new(self.outage())));
+        readiness.set_pipeline(Arc::clone(&pipeline));
         tracing::info!(broker = redacted(&s.amqp.url), worker = name, "connecting");
         let options = s.amqp_options(&name);
         let publisher = Arc::new(self.result_publisher(&options));
         let source = self.source(&options, &publisher, &readiness);
-        let sink: Arc<dyn ResultSink> = Arc::new(AmqpSink::new(
-            Arc::clone(&publisher),
-            s.amqp.results_queue.clone(),
-            s.amqp.reply_to_allow.clone(),
-        ));
+        let (results, allowed) = (s.amqp.results_queue.clone(), s.amqp.reply_to_allow.clone());
+        let sink = AmqpSink::new(Arc::clone(&publisher), results, allowed);
+        let sink: Arc<dyn ResultSink> = Arc::new(sink.counted_by(Arc::clone(engine.metrics())));
         let listener = Arc::new(ControlListener::new(
             s.amqp_options(&name),
             s.topology(),

@@ -30,6 +30,11 @@ pub trait Embedder: Send {
     /// What executes, as results name it.
     fn backend(&self) -> Backend;
 
+    /// The device that it executes on: `cpu`, or `cuda:0` for the first GPU.
+    fn device(&self) -> String {
+        "cpu".to_owned()
+    }
+
     /// The batch sizes that the back end is warmed with: one of each shape that it will run.
     fn shapes(&self) -> Vec<usize> {
         vec![1]

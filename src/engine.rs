@@ -12,9 +12,10 @@ pub mod executor;
 pub mod frames;
 mod scoring;
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -23,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use crate::classes::ClassVectors;
 use crate::embed::{Backend, ClassMemory, Embedder};
 use crate::error::{FatalError, ImageError};
+use crate::metrics::{Clock, Metrics};
 use crate::score::{ClassScore, Scorer};
 use crate::watchdog::Step;
 use batcher::{BatchPolicy, CloseReason};
@@ -73,6 +75,8 @@ pub(crate) struct Item {
 /// An image of a batch, without its pixels.
 pub(crate) struct Image {
     want: Want,
+    /// How long it had waited for its frame, and since then.
+    waited: (Duration, Clock),
     reply: oneshot::Sender<Result<Scored, SubmitError>>,
 }
 
@@ -109,8 +113,10 @@ pub enum OnFailure {
 }
 
 /// Counts since the start.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct EngineStats {
+    /// What is counted for others to see.
+    metrics: Arc<Metrics>,
     images: AtomicU64,
     full: AtomicU64,
     linger: AtomicU64,
@@ -128,6 +134,14 @@ impl EngineStats {
             CloseReason::Drain => &self.drain,
         };
         counter.fetch_add(1, Ordering::Relaxed);
+        self.metrics.batch_closed(reason, images);
+    }
+
+    /// An embedder worked on so many images, whatever came of it.
+    fn embedded(&self, spent: Duration, images: usize) {
+        let nanos = u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
+        self.embed_nanos.fetch_add(nanos, Ordering::Relaxed);
+        self.metrics.embedded(spent, images);
     }
 
     /// Batches that closed for this reason.
@@ -163,7 +177,7 @@ impl EngineStats {
         self.images.load(Ordering::Relaxed)
     }
 
-    /// Time that the embedders worked, all threads together.
+    /// Time that the embedders worked on batches, all threads together.
     pub fn embedding(&self) -> Duration {
         Duration::from_nanos(self.embed_nanos.load(Ordering::Relaxed))
     }
@@ -184,7 +198,10 @@ struct Inner {
     threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
     stats: Arc<EngineStats>,
     embedding: Arc<Step>,
+    /// Embedders that go on.
+    lanes: Arc<AtomicUsize>,
     backend: Backend,
+    devices: Vec<String>,
     class_memories: Vec<Arc<dyn ClassMemory>>,
 }
 
@@ -204,10 +221,12 @@ impl Engine {
         size: (u32, u32),
         scorer: Scorer,
     ) -> Result<Self, FatalError> {
-        Self::start_with(embedders, policy, size, scorer, OnFailure::Exit)
+        Self::start_with(embedders, policy, size, scorer, OnFailure::Exit, Arc::default())
     }
 
-    /// As [`start`](Self::start), which exits when an embedder breaks.
+    /// As [`start`](Self::start), which exits when an embedder breaks and counts for itself.
+    ///
+    /// * `metrics`: where batches and their times are recorded.
     ///
     /// # Errors
     /// As [`start`](Self::start).
@@ -217,6 +236,7 @@ impl Engine {
         (width, height): (u32, u32),
         scorer: Scorer,
         on_failure: OnFailure,
+        metrics: Arc<Metrics>,
     ) -> Result<Self, FatalError> {
         let fatal = |e: String| FatalError::Engine(e);
         let backend = embedders
@@ -230,7 +250,8 @@ impl Engine {
         let (in_flight, in_flight_seen) = watch::channel(0);
         let (break_it, broken) = watch::channel(None);
         let closed = CancellationToken::new();
-        let stats = Arc::new(EngineStats::default());
+        metrics.limit_batches(policy.max_batch);
+        let stats = Arc::new(EngineStats { metrics, ..EngineStats::default() });
         let embedding = Step::new("batch(es) being embedded");
         let lanes = Arc::new(AtomicUsize::new(embedders.len()));
         let shared = executor::Shared {
@@ -248,6 +269,7 @@ impl Engine {
         // One fills and one waits while each embedder reads one.
         let frames = Frames::new(embedders.len() + 2, policy.max_batch, frame_bytes);
         let class_memories = embedders.iter().filter_map(|e| e.class_memory()).collect();
+        let devices = embedders.iter().map(|e| e.device()).collect::<BTreeSet<_>>();
         let threads = embedders
             .into_iter()
             .enumerate()
@@ -259,7 +281,7 @@ impl Engine {
         tokio::spawn(
             batcher::Batcher {
                 policy,
-                lanes,
+                lanes: Arc::clone(&lanes),
                 items: queued,
                 frames: Arc::clone(&frames),
                 batches,
@@ -281,7 +303,9 @@ impl Engine {
                 threads: Mutex::new(threads),
                 stats,
                 embedding,
+                lanes,
                 backend,
+                devices: devices.into_iter().collect(),
                 class_memories,
             }),
         })
@@ -294,7 +318,11 @@ impl Engine {
     /// # Errors
     /// [`SubmitError::Gone`] if the engine broke or was closed.
     pub async fn frame(&self) -> Result<Frame, SubmitError> {
-        self.inner.frames.claim().await.ok_or(SubmitError::Gone)
+        let asked = Instant::now();
+        let mut frame = self.inner.frames.claim().await.ok_or(SubmitError::Gone)?;
+        frame.waited = asked.elapsed();
+        self.metrics().frame_waited(frame.waited);
+        Ok(frame)
     }
 
     /// A place that is there now, for threads that do not wait; none if there is none, or none any
@@ -314,7 +342,8 @@ impl Engine {
     /// broke or was closed.
     pub async fn submit(&self, frame: Frame, want: Want) -> Result<Scored, SubmitError> {
         let (reply, answer) = oneshot::channel();
-        let item = Item { frame, image: Image { want, reply } };
+        let waited = (frame.waited, self.metrics().clock());
+        let item = Item { frame, image: Image { want, waited, reply } };
         self.inner.items.send(item).await.map_err(|_| SubmitError::Gone)?;
         answer.await.map_err(|_| SubmitError::Gone)?
     }
@@ -336,6 +365,21 @@ impl Engine {
     /// What executes.
     pub fn backend(&self) -> Backend {
         self.inner.backend
+    }
+
+    /// The devices that execute, each once: `cpu`, `cuda:0`.
+    pub fn devices(&self) -> &[String] {
+        &self.inner.devices
+    }
+
+    /// Sessions of the model that work.
+    pub fn sessions(&self) -> usize {
+        self.inner.lanes.load(Ordering::SeqCst)
+    }
+
+    /// Where batches and their times are recorded, and so is all that surrounds them.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.inner.stats.metrics
     }
 
     /// Batches that are being embedded, for the watchdog.

@@ -35,6 +35,20 @@ pub enum ImageErrorCode {
 }
 
 impl ImageErrorCode {
+    /// All of them, in the order of their declaration.
+    pub const ALL: [Self; 10] = [
+        Self::NotFound,
+        Self::AccessDenied,
+        Self::BucketNotAllowed,
+        Self::BadUri,
+        Self::TooLarge,
+        Self::UnsupportedFormat,
+        Self::CorruptImage,
+        Self::StorageUnavailable,
+        Self::Timeout,
+        Self::Internal,
+    ];
+
     /// The code as it stands in results.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -102,6 +116,16 @@ pub enum FailureCode {
 }
 
 impl FailureCode {
+    /// All of them, in the order of their declaration.
+    pub const ALL: [Self; 6] = [
+        Self::MalformedJob,
+        Self::UnknownClassSet,
+        Self::UnknownVersion,
+        Self::ModelMismatch,
+        Self::TooManyImages,
+        Self::RetriesExhausted,
+    ];
+
     /// The code as it stands in results and in the header `angler-reason`.
     pub fn as_str(self) -> &'static str {
         match self {

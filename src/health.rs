@@ -1,28 +1,66 @@
-//! `/livez` and `/readyz`: whether the process should be restarted, because work in it is stuck,
-//! and whether it takes work.
-//! `/status`: which class vectors it serves, and which it refused, as JSON.
+//! What a worker says over HTTP.
+//!
+//! * `/livez` and `/readyz`: whether the process should be restarted, because work in it is stuck,
+//!   and whether it takes work.
+//! * `/metrics`: what it counts, for Prometheus ([`metrics`]).
+//! * `/status`: what it runs, serves, does and waits for, as JSON ([`status`]).
+//! * `/`: the same for people ([`page`]).
+
+mod metrics;
+mod page;
+mod process;
+mod status;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::{HeaderName, StatusCode, header};
 use axum::routing::get;
-use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::classes::catalog::Catalog;
+use crate::metrics::{Metrics, Window};
+use crate::pipeline::Pipeline;
 
-/// What has to be true for a worker to be ready.
+/// How often the numbers are noted that rates are taken from.
+const NOTED: Duration = Duration::from_secs(2);
+
+/// What a worker is, once it knows.
+#[derive(Debug, Clone)]
+pub struct About {
+    /// Its name in results.
+    pub worker: String,
+    /// The queue that its jobs come from.
+    pub queue: String,
+    /// Fingerprint of the model that runs.
+    pub model: String,
+    /// The most images in a batch.
+    pub max_batch: usize,
+}
+
+/// How a queue of jobs is consumed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Consuming {
+    Yes,
+    /// Not on purpose.
+    Lost,
+    /// On purpose, over a connection that is there.
+    Paused,
+}
+
+/// What has to be true for a worker to be ready, and whose state is shown.
 #[derive(Default)]
 pub struct Readiness {
+    metrics: Arc<Metrics>,
     warm: AtomicBool,
-    /// Whether jobs come from each queue.
-    consuming: Mutex<BTreeMap<String, bool>>,
+    /// How each queue of jobs is consumed.
+    queues: Mutex<BTreeMap<String, Consuming>>,
     /// Why nothing is consumed although the broker is there.
     paused: Mutex<Option<&'static str>>,
     /// Where work is stuck.
@@ -30,9 +68,16 @@ pub struct Readiness {
     /// Why the broker takes no results for now.
     blocked: Mutex<Option<String>>,
     catalog: OnceLock<Arc<Catalog>>,
+    pipeline: OnceLock<Arc<Pipeline>>,
+    about: OnceLock<About>,
 }
 
 impl Readiness {
+    /// Of the worker that records here.
+    pub fn new(metrics: Arc<Metrics>) -> Self {
+        Self { metrics, ..Self::default() }
+    }
+
     /// The model has run once and the class sets to preload are loaded.
     pub fn set_warm(&self) {
         self.warm.store(true, Ordering::Release);
@@ -44,16 +89,33 @@ impl Readiness {
         let _ = self.catalog.set(catalog);
     }
 
-    /// Whether jobs are being consumed from a queue.
+    /// Whose back end and store are shown.
+    pub fn set_pipeline(&self, pipeline: Arc<Pipeline>) {
+        let _ = self.pipeline.set(pipeline);
+    }
+
+    /// What the worker is.
+    pub fn set_about(&self, about: About) {
+        let _ = self.about.set(about);
+    }
+
+    /// Whether jobs are being consumed from a queue; if not, the connection is gone, too.
     pub fn set_consuming(&self, queue: &str, consuming: bool) {
         *locked(&self.paused) = None;
-        locked(&self.consuming).insert(queue.to_owned(), consuming);
+        let state = if consuming { Consuming::Yes } else { Consuming::Lost };
+        locked(&self.queues).insert(queue.to_owned(), state);
     }
 
     /// No jobs are being consumed from a queue, on purpose.
     pub fn set_paused(&self, queue: &str, reason: &'static str) {
-        self.set_consuming(queue, false);
+        locked(&self.queues).insert(queue.to_owned(), Consuming::Paused);
         *locked(&self.paused) = Some(reason);
+    }
+
+    /// Whether every queue's connection is there, for all that is known.
+    pub(crate) fn connected(&self) -> bool {
+        let queues = locked(&self.queues);
+        !queues.is_empty() && !queues.values().any(|consuming| *consuming == Consuming::Lost)
     }
 
     /// Work does not move, and where; none once it does.
@@ -64,6 +126,16 @@ impl Readiness {
     /// The broker takes no results, and why; none once it does.
     pub fn set_blocked(&self, blocked: Option<String>) {
         *locked(&self.blocked) = blocked;
+    }
+
+    /// Whether the broker takes no results.
+    fn is_blocked(&self) -> bool {
+        locked(&self.blocked).is_some()
+    }
+
+    /// Whether the store is away.
+    fn store_is_away(&self) -> bool {
+        self.pipeline.get().and_then(|p| p.outage()).is_some_and(|outage| outage.is_on())
     }
 
     /// Where work is stuck, if it is.
@@ -83,8 +155,8 @@ impl Readiness {
             return Some(format!("the broker blocks publishers: {blocked}"));
         }
         let silent = {
-            let queues = locked(&self.consuming);
-            let silent = queues.iter().filter(|(_, consuming)| !**consuming);
+            let queues = locked(&self.queues);
+            let silent = queues.iter().filter(|(_, consuming)| **consuming != Consuming::Yes);
             let silent: Vec<&str> = silent.map(|(queue, _)| queue.as_str()).collect();
             if silent.is_empty() && !queues.is_empty() {
                 return None;
@@ -115,37 +187,77 @@ pub async fn serve(
 ) -> std::io::Result<(SocketAddr, AbortOnDropHandle<()>)> {
     let listener = TcpListener::bind(listen).await?;
     let address = listener.local_addr()?;
+    let shown = Arc::new(Shown { readiness, sets: Mutex::default(), window: Mutex::default() });
     let routes = Router::new()
+        .route("/", get(page))
         .route("/livez", get(live))
         .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
         .route("/status", get(status))
-        .with_state(readiness);
+        .with_state(Arc::clone(&shown));
     let server = tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, routes).await {
-            tracing::error!("the HTTP server ended: {error}");
+        tokio::select! {
+            ended = axum::serve(listener, routes) => if let Err(error) = ended {
+                tracing::error!("the HTTP server ended: {error}");
+            },
+            () = shown.note() => {}
         }
     });
     Ok((address, AbortOnDropHandle::new(server)))
 }
 
-async fn status(
-    State(readiness): State<Arc<Readiness>>,
-) -> ([(HeaderName, &'static str); 1], String) {
-    let classes = readiness.catalog.get().map(|catalog| catalog.status()).unwrap_or_default();
-    let missing = readiness.missing();
-    let status = json!({ "ready": missing.is_none(), "missing": missing, "classes": classes });
-    ([(header::CONTENT_TYPE, "application/json")], format!("{status}\n"))
+/// What is shown: a worker's state, and what it was a minute ago.
+struct Shown {
+    readiness: Arc<Readiness>,
+    /// The sets that metrics name.
+    sets: Mutex<metrics::Named>,
+    window: Mutex<Window>,
 }
 
-async fn live(State(readiness): State<Arc<Readiness>>) -> (StatusCode, String) {
-    match readiness.stalled() {
+impl Shown {
+    /// Notes the numbers again and again.
+    async fn note(&self) {
+        loop {
+            let snapshot = self.readiness.metrics.snapshot();
+            locked(&self.window).add(Instant::now(), snapshot);
+            tokio::time::sleep(NOTED).await;
+        }
+    }
+}
+
+type Answer<const N: usize> = ([(HeaderName, &'static str); N], String);
+/// What was true a moment ago is not to be kept.
+const FRESH: (HeaderName, &str) = (header::CACHE_CONTROL, "no-store");
+
+async fn page(State(shown): State<Arc<Shown>>) -> Answer<4> {
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CONTENT_SECURITY_POLICY, page::policy()),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        FRESH,
+    ];
+    (headers, page::html(&status::of(&shown)))
+}
+
+async fn metrics(State(shown): State<Arc<Shown>>) -> Answer<2> {
+    let text = metrics::text(&shown);
+    ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT), FRESH], text)
+}
+
+async fn status(State(shown): State<Arc<Shown>>) -> Answer<2> {
+    let status = status::of(&shown);
+    ([(header::CONTENT_TYPE, "application/json"), FRESH], format!("{status}\n"))
+}
+
+async fn live(State(shown): State<Arc<Shown>>) -> (StatusCode, String) {
+    match shown.readiness.stalled() {
         None => (StatusCode::OK, "alive\n".to_owned()),
         Some(stalled) => (StatusCode::SERVICE_UNAVAILABLE, format!("no progress: {stalled}\n")),
     }
 }
 
-async fn ready(State(readiness): State<Arc<Readiness>>) -> (StatusCode, String) {
-    match readiness.missing() {
+async fn ready(State(shown): State<Arc<Shown>>) -> (StatusCode, String) {
+    match shown.readiness.missing() {
         None => (StatusCode::OK, "ready\n".to_owned()),
         Some(missing) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {missing}\n")),
     }

@@ -26,6 +26,7 @@ pub mod engine;
 pub mod error;
 pub mod health;
 pub mod job;
+pub mod metrics;
 pub mod model;
 pub mod outage;
 pub mod page;

@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::engine::{Engine, Frame, Scored, SubmitError, Want};
 use crate::error::{ImageError, ImageErrorCode};
+use crate::metrics::{Metrics, Stage};
 use crate::outage::Outage;
 use crate::preprocess::{Decoded, PixelLimits, PixelSpec, decode_for};
 use crate::store::{ByteBudget, Fetched, ImageStore};
@@ -106,6 +107,11 @@ impl Pipeline {
         &self.engine
     }
 
+    /// Where every step is recorded.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        self.engine.metrics()
+    }
+
     /// Waits for a place among the images in flight.
     pub async fn slot(&self) -> OwnedSemaphorePermit {
         match Arc::clone(&self.slots).acquire_owned().await {
@@ -127,6 +133,7 @@ impl Pipeline {
         slot: OwnedSemaphorePermit,
     ) -> Result<Scored, SubmitError> {
         let _slot = slot;
+        let _in_flight = self.metrics().image();
         let deadline = Instant::now() + self.image_time;
         let fetched = self.within(deadline, "fetched", self.fetch(uri)).await??;
         let frame = self.within(deadline, "decoded", self.decode(fetched)).await??;
@@ -135,9 +142,19 @@ impl Pipeline {
 
     /// A fault of the store that may pass is waited out for a moment, within the image's time.
     async fn fetch(&self, uri: &str) -> Result<Fetched, ImageError> {
+        let clock = self.metrics().clock();
+        let fetched = self.fetch_patiently(uri).await;
+        self.metrics().step(Stage::Fetch, clock.spent());
+        fetched
+    }
+
+    async fn fetch_patiently(&self, uri: &str) -> Result<Fetched, ImageError> {
         let mut tries = 0;
         loop {
             let fetched = self.store.fetch(uri, &self.budget).await;
+            if let Ok(fetched) = &fetched {
+                self.metrics().fetched(fetched.bytes.len());
+            }
             if let Some(outage) = &self.outage {
                 outage.note(uri, fetched.as_ref().err());
             }
@@ -146,6 +163,7 @@ impl Pipeline {
             if !passing || away || tries == RETRIES {
                 return fetched;
             }
+            self.metrics().fetch_retried();
             sleep(RETRY_PAUSE * 4_u32.pow(tries)).await;
             tries += 1;
         }
@@ -155,12 +173,27 @@ impl Pipeline {
     /// a batch that closes waits for those who write. The decoder's place is held until then, so
     /// that no more decoded images wait than there are decoders.
     async fn decode(&self, fetched: Fetched) -> Result<Frame, SubmitError> {
+        let clock = self.metrics().clock();
         let decoder = Arc::clone(&self.decoders)
             .acquire_owned()
             .await
             .map_err(|_| ImageError::new(ImageErrorCode::Internal, "the decoders were closed"))?;
+        self.metrics().step(Stage::Queue, clock.spent());
+        let mut spent = Duration::ZERO;
+        let frame = self.decode_with(decoder, fetched, &mut spent).await;
+        self.metrics().step(Stage::Decode, spent);
+        frame
+    }
+
+    /// The time that decoding took, without waiting for a frame, is added to `spent`.
+    async fn decode_with(
+        &self,
+        decoder: OwnedSemaphorePermit,
+        fetched: Fetched,
+        spent: &mut Duration,
+    ) -> Result<Frame, SubmitError> {
         let (spec, limits, engine) = (self.spec.clone(), self.pixel_limits, self.engine.clone());
-        let decoded = self.on_a_decoder(decoder, move || {
+        let decoded = self.on_a_decoder(decoder, spent, move || {
             let decoded = decode_for(&fetched.bytes, &spec, limits)?;
             drop(fetched);
             // Mostly there is a frame, and the thread goes on.
@@ -169,12 +202,13 @@ impl Pipeline {
                 None => Written::Waits(decoded),
             })
         });
-        match decoded.await? {
+        let decoded = decoded.await?;
+        match decoded {
             (Written::Frame(frame), _) => Ok(frame),
             (Written::Waits(decoded), decoder) => {
                 let (spec, frame) = (self.spec.clone(), self.engine.frame().await?);
                 let write = move || resized(&decoded, &spec, frame);
-                let (frame, _) = self.on_a_decoder(decoder, write).await?;
+                let (frame, _) = self.on_a_decoder(decoder, spent, write).await?;
                 Ok(frame)
             }
         }
@@ -185,15 +219,17 @@ impl Pipeline {
     async fn on_a_decoder<T: Send + 'static>(
         &self,
         decoder: OwnedSemaphorePermit,
+        spent: &mut Duration,
         work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
     ) -> Result<(T, OwnedSemaphorePermit), ImageError> {
-        let decoding = Arc::clone(&self.decoding);
-        tokio::task::spawn_blocking(move || {
+        let (decoding, clock) = (Arc::clone(&self.decoding), self.metrics().clock());
+        let done = tokio::task::spawn_blocking(move || {
             let _watched = decoding.enter();
             Ok((work()?, decoder))
         })
-        .await
-        .unwrap_or_else(|_| {
+        .await;
+        *spent += clock.spent();
+        done.unwrap_or_else(|_| {
             let message = "the decoder panicked on this image";
             Err(ImageError::new(ImageErrorCode::Internal, message))
         })

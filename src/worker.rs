@@ -32,6 +32,7 @@ use crate::embed::Backend;
 use crate::engine::{Scored, SubmitError, Want};
 use crate::error::{Failure, FailureCode, FatalError, ImageError, ImageErrorCode, JobError};
 use crate::job::{Embedding, ImageEntry, ImageRef, Job, JobResult, Outcome, Provenance, Verdict};
+use crate::metrics::{JobInFlight, Metrics, Stage};
 use crate::outage::Outage;
 use crate::pipeline::Pipeline;
 use crate::retry::RetrySchedule;
@@ -232,6 +233,7 @@ impl Core {
         jobs: &mut JoinSet<Result<(), FatalError>>,
     ) {
         let core = Arc::clone(self);
+        let in_flight = core.metrics().job();
         // Class vectors that are not in memory are loaded beside the way: the jobs behind this one
         // do not wait for them.
         if core.must_load(&delivery) {
@@ -239,14 +241,14 @@ impl Core {
             jobs.spawn(async move {
                 let _slot = slot;
                 let admitted = core.admit(&delivery, &stop).await;
-                core.finish(delivery, admitted).await
+                core.finish(delivery, admitted, in_flight).await
             });
             return;
         }
         let admitted = core.admit(&delivery, stop).await;
         jobs.spawn(async move {
             let _slot = slot;
-            core.finish(delivery, admitted).await
+            core.finish(delivery, admitted, in_flight).await
         });
     }
 
@@ -346,6 +348,7 @@ impl Core {
         &self,
         delivery: Delivery,
         admitted: Result<Admitted, JobError>,
+        in_flight: JobInFlight,
     ) -> Result<(), FatalError> {
         let lost = delivery.lost.clone();
         let id = match &delivery.job {
@@ -354,8 +357,9 @@ impl Core {
         };
         tokio::select! {
             biased;
-            done = self.conclude(delivery, admitted) => done,
+            done = self.conclude(delivery, admitted, &in_flight) => done,
             () = lost.cancelled() => {
+                in_flight.lost();
                 tracing::info!(job = id, "let go: its connection is gone, so it is delivered again");
                 Ok(())
             }
@@ -366,6 +370,7 @@ impl Core {
         &self,
         delivery: Delivery,
         admitted: Result<Admitted, JobError>,
+        in_flight: &JobInFlight,
     ) -> Result<(), FatalError> {
         let Delivery { mut job, attempt, reply, settle, .. } = delivery;
         let outcome = match (&mut job, admitted) {
@@ -381,11 +386,18 @@ impl Core {
             Ok(terminal) => terminal,
             Err((settlement, reason)) => {
                 tracing::info!(job = id, attempt, ?settlement, "job not finished: {reason}");
-                settle.settle(settlement).await;
+                settle.settle(settlement.clone()).await;
+                in_flight.settled(&settlement, false);
                 return Ok(());
             }
         };
+        let images = match &outcome {
+            Outcome::Done { images, .. } => images.len(),
+            Outcome::Failed { .. } => 1,
+        };
+        let failed = matches!(outcome, Outcome::Failed { .. });
         if let Outcome::Failed { error } = &outcome {
+            self.metrics().job_failed(&id, error);
             // Of a run that was cancelled there may be thousands; that it was is said once.
             match error.code {
                 FailureCode::Cancelled => tracing::debug!(job = id, "{error}"),
@@ -395,8 +407,11 @@ impl Core {
         let finished_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
         let worker = self.options.name.clone();
         let result = JobResult { id, outcome, run, attempt, worker, finished_at };
+        let clock = self.metrics().clock();
         self.sink.publish(&result, &reply).await?;
-        settle.settle(settlement).await;
+        self.metrics().step_of(Stage::Publish, clock.spent(), images);
+        settle.settle(settlement.clone()).await;
+        in_flight.settled(&settlement, failed);
         Ok(())
     }
 
@@ -424,11 +439,13 @@ impl Core {
                         shadow.count(&uri, &classes.id(), now, then);
                     }
                     let mut classified = classes.classified(&scored.top, job.top_k, job.min_score);
+                    self.metrics().classified(classified.label.is_some());
                     classified.embedding = scored.embedding.map(Embedding);
                     Verdict::Labelled(classified)
                 }
                 Err(error) => {
                     tracing::debug!(job = job.id, uri, code = %error.code, "image failed: {error}");
+                    self.metrics().image_failed(&job.id, &uri, &error);
                     if error.is_transient() {
                         transient.push(error.message.clone());
                     }
@@ -542,6 +559,10 @@ impl Core {
             Ok(outcome) => outcome,
             Err(_) => Err(FatalError::DrainTimedOut { jobs: jobs.len(), seconds: grace.as_secs() }),
         }
+    }
+
+    fn metrics(&self) -> &Arc<Metrics> {
+        self.pipeline.metrics()
     }
 
     fn backend(&self) -> Backend {

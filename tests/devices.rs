@@ -118,7 +118,15 @@ const BATCH: usize = 16;
 fn engine(devices: Vec<Device>, on_failure: OnFailure) -> Engine {
     let policy = BatchPolicy { max_batch: BATCH, linger: Duration::from_secs(3600) };
     let devices = devices.into_iter().map(|device| Box::new(device) as Box<dyn Embedder>);
-    Engine::start_with(devices.collect(), policy, (1, 1), Scorer::default(), on_failure).unwrap()
+    Engine::start_with(
+        devices.collect(),
+        policy,
+        (1, 1),
+        Scorer::default(),
+        on_failure,
+        Arc::default(),
+    )
+    .unwrap()
 }
 
 /// Full batches of images, each of another grey.

@@ -61,6 +61,8 @@ const LAYERS: &[(&str, Layer)] = &[
     ("outage", Core),
     ("watchdog", Core),
     ("engine", Core),
+    // Recorded by all of these; exposed by `health`.
+    ("metrics", Core),
     ("classes::catalog", Core),
     ("classes::build", Core),
     ("amqp", Adapters),

@@ -23,7 +23,7 @@ impl WorkerCommand {
     pub(super) async fn run(self, app: &App) -> Result<()> {
         let stop = shutdown::on_signals("finishing what is admitted")
             .context("signals cannot be caught")?;
-        let readiness = Arc::new(Readiness::default());
+        let readiness = Arc::new(Readiness::new(Arc::clone(&app.metrics)));
         // Bound before the model loads, so that a probe sees "alive, not ready" meanwhile.
         let listen = &app.settings.http.listen;
         let _http = if listen.is_empty() {
@@ -32,7 +32,7 @@ impl WorkerCommand {
             let (address, server) = health::serve(listen, Arc::clone(&readiness))
                 .await
                 .with_context(|| format!("http.listen = {listen:?} cannot be bound"))?;
-            tracing::info!("listening on http://{address} (/livez, /readyz, /status)");
+            tracing::info!("listening on http://{address} (/, /livez, /readyz, /metrics, /status)");
             Some(server)
         };
         let daemon = tokio::select! {

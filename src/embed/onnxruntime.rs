@@ -210,6 +210,7 @@ impl Runtime {
         Ok(OnnxRuntimeEmbedder {
             session,
             backend,
+            device: provider.gpu().map_or_else(|| "cpu".to_owned(), |gpu| format!("cuda:{gpu}")),
             pieces,
             dim: model.dim,
             output: model.output.clone(),
@@ -353,6 +354,7 @@ fn preload_cuda(library: &Path) {
 pub struct OnnxRuntimeEmbedder {
     session: Session,
     backend: Backend,
+    device: String,
     pieces: Pieces,
     dim: usize,
     output: String,
@@ -371,6 +373,10 @@ impl OnnxRuntimeEmbedder {
 impl Embedder for OnnxRuntimeEmbedder {
     fn backend(&self) -> Backend {
         self.backend
+    }
+
+    fn device(&self) -> String {
+        self.device.clone()
     }
 
     fn shapes(&self) -> Vec<usize> {

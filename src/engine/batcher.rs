@@ -35,6 +35,20 @@ pub enum CloseReason {
     Drain,
 }
 
+impl CloseReason {
+    /// All of them, in the order of their declaration.
+    pub const ALL: [Self; 3] = [Self::Full, Self::Linger, Self::Drain];
+
+    /// The reason as metrics name it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Linger => "linger",
+            Self::Drain => "drain",
+        }
+    }
+}
+
 /// A batch that is forming, as the policy sees it.
 #[derive(Debug, Clone, Copy)]
 pub struct Forming {

@@ -18,6 +18,7 @@ use super::{Batch, EngineStats, Image, OnFailure, Scored, SubmitError, Want, sco
 use crate::classes::ClassVectors;
 use crate::embed::{EmbedError, Embedder, Scores};
 use crate::error::{ImageError, ImageErrorCode};
+use crate::metrics::Stage;
 use crate::score::{ClassScore, Scorer, normalise};
 use crate::watchdog::Step;
 
@@ -130,6 +131,7 @@ impl Executor {
             };
             let outcome = match next {
                 Some(Work::Batch(Batch { images, joined, frames })) => {
+                    self.waited(&images);
                     let outcome = self.batch(images, &joined.pixels);
                     frames.recycle(joined);
                     outcome
@@ -183,17 +185,21 @@ impl Executor {
             let first = (count / 2).div_ceil(self.limit) * self.limit;
             return self.parts(images, pixels, first);
         }
+        let started = Instant::now();
         let ran = match self.classify(&images, pixels) {
             Some(scores) => scores.map(Ran::Scored),
             None => self.embed(pixels, count).map(Ran::Embedded),
         };
+        self.shared.stats.embedded(started.elapsed(), count);
         match ran {
             Ok(Ran::Scored(scores)) => {
                 scoring::answer(images, scores);
                 ControlFlow::Continue(())
             }
             Ok(Ran::Embedded(embeddings)) => {
+                let clock = self.shared.stats.metrics.clock();
                 answer(images, embeddings, &self.shared.scorer);
+                self.shared.stats.metrics.step_of(Stage::Score, clock.spent(), count);
                 ControlFlow::Continue(())
             }
             Err(EmbedError::OutOfMemory(reason)) if count > 1 => {
@@ -209,12 +215,22 @@ impl Executor {
         }
     }
 
+    /// Their wait for this batch is over.
+    fn waited(&self, images: &[Image]) {
+        let (metrics, now) = (&self.shared.stats.metrics, Instant::now());
+        for Image { waited: (before, clock), .. } in images {
+            metrics.step(Stage::Wait, *before + clock.spent_at(now));
+        }
+    }
+
     /// From now on batches are smaller than one of so many images, for which there was no memory.
     fn lower_limit(&mut self, images: usize, reason: &str) {
+        self.shared.stats.metrics.out_of_memory();
         // Back ends fill batches up to powers of two, so no other size takes less.
         let limit = 1 << (images.max(2) / 2).ilog2();
         if limit < self.limit {
             self.limit = limit;
+            self.shared.stats.metrics.limit_batches(limit);
             tracing::warn!(
                 session = self.lane,
                 "no memory for {images} images at once, from now on at most {limit}: {reason}"
@@ -292,14 +308,10 @@ impl Executor {
         let (width, height) = (self.size.0 as usize, self.size.1 as usize);
         let view = ArrayView4::from_shape((images, height, width, 3), pixels)
             .map_err(|e| EmbedError::Batch(format!("pixels do not fit the batch: {e}")))?;
-        let started = Instant::now();
         let _watched = self.shared.embedding.enter();
         let embedder = &mut self.embedder;
-        let ran = catch_unwind(AssertUnwindSafe(|| run(embedder.as_mut(), view)))
-            .map_err(|_| EmbedError::Batch("the back end panicked".to_owned()));
-        let nanos = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.shared.stats.embed_nanos.fetch_add(nanos, Ordering::Relaxed);
-        ran
+        catch_unwind(AssertUnwindSafe(|| run(embedder.as_mut(), view)))
+            .map_err(|_| EmbedError::Batch("the back end panicked".to_owned()))
     }
 }
 

@@ -13,6 +13,7 @@
 //! each embedder. Their memory is touched only as far as it is written.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::sync::Notify;
@@ -22,6 +23,8 @@ pub struct Frame {
     /// None once it was taken.
     part: Option<Part>,
     slab: u64,
+    /// How long it took to get it.
+    pub(super) waited: Duration,
     frames: Arc<Frames>,
 }
 
@@ -145,7 +148,8 @@ impl Frames {
         let Some(slab) = &mut state.filling else { return Claim::Wait };
         let Some(part) = slab.free.pop() else { return Claim::Wait };
         slab.writing += 1;
-        Claim::Frame(Frame { part: Some(part), slab: slab.number, frames: Arc::clone(self) })
+        let (slab, frames) = (slab.number, Arc::clone(self));
+        Claim::Frame(Frame { part: Some(part), slab, waited: Duration::ZERO, frames })
     }
 
     /// A frame as soon as there is one; none if there will be none. Cancel-safe.

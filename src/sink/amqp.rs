@@ -10,6 +10,7 @@ use crate::amqp::publisher::{Published, Publisher};
 use crate::amqp::short;
 use crate::error::FatalError;
 use crate::job::{JobResult, RESULT_TYPE};
+use crate::metrics::Metrics;
 use crate::source::Reply;
 use crate::source::amqp::headers;
 
@@ -19,12 +20,20 @@ pub struct AmqpSink {
     results: String,
     /// Patterns with `*` that a `reply_to` must match; empty: any queue.
     reply_to_allow: Vec<String>,
+    metrics: Arc<Metrics>,
 }
 
 impl AmqpSink {
     /// Results through `publisher` to the queue `results` unless their job names another.
     pub fn new(publisher: Arc<Publisher>, results: String, reply_to_allow: Vec<String>) -> Self {
-        Self { publisher, results, reply_to_allow }
+        Self { publisher, results, reply_to_allow, metrics: Arc::default() }
+    }
+
+    /// Records what is published.
+    #[must_use]
+    pub fn counted_by(mut self, metrics: Arc<Metrics>) -> Self {
+        self.metrics = metrics;
+        self
     }
 
     fn allowed(&self, queue: &str) -> bool {
@@ -38,6 +47,7 @@ impl ResultSink for AmqpSink {
         let body = result
             .to_json()
             .map_err(|e| FatalError::Sink(format!("a result cannot be written as JSON: {e}")))?;
+        self.metrics.result(body.len());
         let correlation = reply.correlation_id.as_deref().unwrap_or(&result.id);
         let mut notes: Vec<(&str, &str)> = Vec::new();
         if let Some(traceparent) = &reply.traceparent {

@@ -1,0 +1,77 @@
+//! Every name can be made, closed sets are there from the start, and what is off stays at zero.
+
+use super::*;
+
+fn text(metrics: &Metrics) -> String {
+    prometheus::TextEncoder::new().encode_to_string(&metrics.gather()).unwrap()
+}
+
+#[test]
+fn codes_index_their_counters() {
+    let places = FailureCode::ALL.map(|code| code as usize);
+    assert!(places.iter().copied().eq(0..FailureCode::ALL.len()));
+    let places = ImageErrorCode::ALL.map(|code| code as usize);
+    assert!(places.iter().copied().eq(0..ImageErrorCode::ALL.len()));
+    assert!(Stage::ALL.map(|stage| stage as usize).iter().copied().eq(0..7));
+    assert!(CloseReason::ALL.map(|reason| reason as usize).iter().copied().eq(0..3));
+}
+
+#[test]
+fn closed_sets_are_there_before_anything_happens() {
+    let text = text(&Metrics::default());
+    for line in [
+        "angler_jobs_total{outcome=\"dead_lettered\"} 0",
+        "angler_job_failures_total{code=\"retries_exhausted\"} 0",
+        "angler_image_errors_total{code=\"storage_unavailable\"} 0",
+        "angler_step_seconds_count{step=\"publish\"} 0",
+        "angler_batches_total{reason=\"linger\"} 0",
+        "angler_dead_letters_total{reason=\"malformed_job\"} 0",
+    ] {
+        assert!(text.contains(line), "{line} is not in:\n{text}");
+    }
+}
+
+#[test]
+fn what_is_recorded_counts_once_and_in_its_place() {
+    let metrics = Arc::new(Metrics::default());
+    let job = metrics.job();
+    let image = metrics.image();
+    assert_eq!(metrics.in_flight(), (1, 1));
+    metrics.step_of(Stage::Embed, Duration::from_millis(3), 4);
+    metrics.image_failed("j", "s3://b/k", &ImageError::new(ImageErrorCode::TooLarge, "large"));
+    let failure = Failure::new(FailureCode::RetriesExhausted, "no more");
+    metrics.job_failed("j", &failure);
+    job.settled(&Settlement::DeadLetter(failure), true);
+    drop((job, image));
+    assert_eq!(metrics.in_flight(), (0, 0));
+    metrics.limit_batches(32);
+    metrics.limit_batches(8);
+    metrics.limit_batches(16);
+    let text = text(&metrics);
+    for line in [
+        "angler_step_seconds_bucket{step=\"embed\",le=\"0.0025\"} 0",
+        "angler_step_seconds_bucket{step=\"embed\",le=\"0.005\"} 4",
+        "angler_image_errors_total{code=\"too_large\"} 1",
+        "angler_jobs_total{outcome=\"dead_lettered\"} 1",
+        "angler_jobs_total{outcome=\"failed\"} 0",
+        "angler_job_failures_total{code=\"retries_exhausted\"} 1",
+        "angler_dead_letters_total{reason=\"retries_exhausted\"} 1",
+        "angler_job_seconds_count 1",
+        "angler_batch_limit 8",
+    ] {
+        assert!(text.contains(line), "{line} is not in:\n{text}");
+    }
+    assert_eq!(metrics.recent().len(), 2);
+}
+
+#[test]
+fn what_is_off_records_nothing() {
+    let metrics = Arc::new(Metrics::off());
+    let job = metrics.job();
+    metrics.step_of(Stage::Embed, Duration::from_millis(3), 4);
+    metrics.classified(true);
+    job.settled(&Settlement::Ack, false);
+    let snapshot = metrics.snapshot();
+    assert_eq!((snapshot.images, snapshot.jobs), ([0; 3], [0; 6]));
+    assert_eq!(metrics.clock().spent(), Duration::ZERO);
+}
