@@ -92,8 +92,8 @@ pub fn measure(stage: &Stage, report: &mut Report) -> Result<()> {
             ran.lanes,
             ran.filled
         ),
-        format!("≥ {} where decoding allows it", percent(wanted::OF_LIMIT)),
-        ran.busy >= wanted::OF_LIMIT * (decoders / alone).min(1.0),
+        format!("≥ {} where decoding allows it", percent(wanted::BUSY)),
+        ran.busy >= wanted::BUSY * (decoders / alone).min(1.0),
         &[("busy", ran.busy), ("sessions", ran.lanes as f64)],
     );
     report.judge(
