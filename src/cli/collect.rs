@@ -15,7 +15,7 @@ use self::files::{Files, Written, no_embeddings};
 use self::missing::{known, missing};
 use self::summary::Summary;
 use super::UsageError;
-use super::progress::RunBar;
+use super::progress::{RunBar, bars};
 use super::tables::show;
 use crate::amqp::connect;
 use crate::app::App;
@@ -76,7 +76,8 @@ impl Collect {
         files.check()?;
         let stop = shutdown::on_signals("stopping").context("signals cannot be caught")?;
         let queues = RunQueues::new(&app.settings.amqp.jobs_queue, &self.run);
-        let (run, limits, bar) = (self.run.as_str(), &self.limits, RunBar::new(None, "done"));
+        let (run, limits, bar) =
+            (self.run.as_str(), &self.limits, RunBar::new(&bars(), None, "done"));
         let collecting =
             Collecting { app, run, queues: &queues, files, expected: None, limits, bar };
         collecting.run(&stop).await?.tell(self.json)
@@ -148,7 +149,7 @@ impl<'a> Collecting<'a> {
         }
         let told = |summary: &Summary| {
             let all = expected.map(|(_, images)| summary.without_failed(images));
-            bar.set(summary.images, all.or(summary.expected()), summary.worst());
+            bar.set(summary.images, all.or(summary.expected()), &summary.worst());
         };
         // The embeddings that were asked for must be there: noticed now, and not after the last result.
         let lacking = |summary: &Summary| {
@@ -235,7 +236,10 @@ impl Collected<'_> {
         let written = match written {
             Ok(written) => written,
             Err(reason) => {
-                bail!("run {} is not complete: {reason}. The same command goes on", summary.run)
+                bail!(
+                    "run {run} is not complete: {reason}. The same command with --run {run} goes on",
+                    run = summary.run
+                )
             }
         };
         if let Some((job, reason)) = &summary.unreadable {

@@ -8,7 +8,6 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use futures_util::StreamExt;
 use globset::{Glob, GlobSet, GlobSetBuilder};
-use indicatif::MultiProgress;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -16,7 +15,7 @@ use super::UsageError;
 use super::collect::files::Files;
 use super::collect::{Collecting, Limits};
 use super::gather::has_image_ending;
-use super::progress::{RunBar, progress_bar};
+use super::progress::{RunBar, bars, progress_bar};
 use super::tables::show;
 use crate::app::{App, is_s3};
 use crate::bulk::enqueuer::{Plan, Step, enqueue};
@@ -280,11 +279,12 @@ impl Enqueue {
     ) -> Result<()> {
         let total = images.len();
         let jobs = plan.jobs(total);
-        let bars = MultiProgress::new();
-        let bar = RunBar::new(Some(total), "sent").among(&bars);
+        let bars = bars();
+        let bar = RunBar::new(&bars, Some(total), "sent");
         let (started, mut skipped) = (Instant::now(), None);
         let per_job = plan.per_job as u64;
-        let mut images_sent = 0;
+        // Until the last was sent: results may be waited for much longer.
+        let (mut images_sent, mut seconds) = (0, Duration::ZERO);
         let step = |step: Step| match step {
             Step::Sent(sent) => {
                 images_sent = (sent * per_job).min(total);
@@ -293,9 +293,10 @@ impl Enqueue {
                     skipped = Some(sent);
                     bar.begin(images_sent);
                 }
-                bar.set(images_sent, None, String::new());
+                seconds = started.elapsed();
+                bar.set(images_sent, None, &[]);
             }
-            Step::Full { queued } => bar.set(images_sent, None, format!("{queued} jobs wait")),
+            Step::Full { queued } => bar.set(images_sent, None, &[format!("{queued} jobs wait")]),
         };
         let (options, topology) = (app.settings.amqp_options("enqueue"), app.settings.topology());
         let sending = enqueue((&options, &topology), plan, images, stop, step);
@@ -303,7 +304,7 @@ impl Enqueue {
         let (sent, collected) = match self.files() {
             None => (sending.await, None),
             Some(files) => {
-                let done = RunBar::new(Some(total), "done").among(&bars);
+                let done = RunBar::new(&bars, Some(total), "done");
                 let collecting = Collecting {
                     app,
                     run: &plan.run,
@@ -320,7 +321,6 @@ impl Enqueue {
         bar.clear();
         let sent = sent?;
         let new = sent - skipped.unwrap_or(0).min(sent);
-        let seconds = started.elapsed();
         if sent < jobs {
             bail!(
                 "interrupted: {sent} of {jobs} jobs of run {run} were sent; the same command with --run {run} goes on",
