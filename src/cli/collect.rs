@@ -31,9 +31,8 @@ use crate::shutdown;
 /// The file appears when there is a result of each job, each image exactly once; until then results
 /// are kept beside it, in a file that begins with a dot, and in the run's queue. Interrupted or
 /// killed, the same command goes on. At the end the run's queues are deleted. A job that failed whole
-/// is a row with its id and error, and so is a result that cannot be read, with the code
-/// unreadable_result; what came of it lies in FILE's name with .unreadable.jsonl. The exit code is 0 only
-/// if the run is complete.
+/// is a row with its id and error. So is a result that cannot be read (unreadable_result), which is kept
+/// as it came in NAME.unreadable.jsonl beside the file. The exit code is 0 only if the run is complete.
 #[derive(Args)]
 pub struct Collect {
     /// The run, as `angler enqueue` named it

@@ -10,8 +10,8 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, P
 /// Times a second that a bar is drawn.
 const HZ: u8 = 8;
 /// Columns of the bar itself, and of rate and time left: "  12345/s, 12m left".
-const BAR: usize = 12;
-const RATE: usize = 20;
+const BAR: usize = 10;
+const RATE: usize = 19;
 /// Columns that the line keeps to, wherever it is shown.
 const WIDTH: usize = 80;
 
