@@ -151,35 +151,29 @@ impl<W: Write + Send> Rows<W> {
     /// # Errors
     /// What the system said.
     pub fn write(&mut self, result: &RunResult) -> std::io::Result<()> {
-        let unreadable;
-        let error = match &result.outcome {
-            Outcome::Done { provenance, images } => {
-                return images
-                    .iter()
-                    .try_for_each(|entry| self.image(&result.job, provenance, entry));
+        let job = result.job.as_str();
+        match &result.outcome {
+            Outcome::Done { provenance, images } => images.iter().try_for_each(|entry| {
+                let row = Row::of_image(job, provenance, entry);
+                self.put(&ImageLine { entry, provenance }, &row)
+            }),
+            Outcome::Failed { error } => {
+                self.put(&JobLine { job, error }, &Row::of_job(job, error))
             }
-            Outcome::Failed { error } => error,
             Outcome::Unreadable { reason } => {
-                unreadable = RunError { code: UNREADABLE.to_owned(), message: reason.clone() };
-                &unreadable
+                let error = &RunError { code: UNREADABLE.to_owned(), message: reason.clone() };
+                self.put(&JobLine { job, error }, &Row::of_job(job, error))
             }
-        };
-        match self {
-            Self::Jsonl(writer) => line(writer, &JobLine { job: &result.job, error }),
-            _ => self.row(&Row::of_job(&result.job, error)),
         }
     }
 
-    fn image(&mut self, job: &str, by: &Provenance, entry: &Entry) -> std::io::Result<()> {
+    /// What is one line or one row.
+    fn put(&mut self, line: &impl Serialize, row: &Row<'_>) -> std::io::Result<()> {
         match self {
-            Self::Jsonl(writer) => line(writer, &ImageLine { entry, provenance: by }),
-            _ => self.row(&Row::of_image(job, by, entry)),
-        }
-    }
-
-    fn row(&mut self, row: &Row<'_>) -> std::io::Result<()> {
-        match self {
-            Self::Jsonl(writer) => line(writer, row),
+            Self::Jsonl(writer) => {
+                serde_json::to_writer(&mut *writer, line)?;
+                writer.write_all(b"\n")
+            }
             Self::Csv(csv) => csv.serialize(row).map_err(std::io::Error::other),
             Self::Parquet(columns) => columns.push(row),
         }
@@ -196,9 +190,4 @@ impl<W: Write + Send> Rows<W> {
             Self::Parquet(columns) => columns.finish(),
         }
     }
-}
-
-fn line(writer: &mut impl Write, line: &impl Serialize) -> std::io::Result<()> {
-    serde_json::to_writer(&mut *writer, line)?;
-    writer.write_all(b"\n")
 }

@@ -15,7 +15,7 @@ use self::files::{Files, Written, no_embeddings};
 use self::missing::{known, missing};
 use self::summary::Summary;
 use super::UsageError;
-use super::progress::RunBar;
+use super::progress::{RunBar, bars};
 use super::tables::show;
 use crate::amqp::connect;
 use crate::app::App;
@@ -31,9 +31,8 @@ use crate::shutdown;
 /// The file appears when there is a result of each job, each image exactly once; until then results
 /// are kept beside it, in a file that begins with a dot, and in the run's queue. Interrupted or
 /// killed, the same command goes on. At the end the run's queues are deleted. A job that failed whole
-/// is a row with its id and error, and so is a result that cannot be read, with the code
-/// unreadable_result; what came of it lies in FILE's name with .unreadable.jsonl. The exit code is 0 only
-/// if the run is complete.
+/// is a row with its id and error. So is a result that cannot be read (unreadable_result), which is kept
+/// as it came in NAME.unreadable.jsonl beside the file. The exit code is 0 only if the run is complete.
 #[derive(Args)]
 pub struct Collect {
     /// The run, as `angler enqueue` named it
@@ -76,7 +75,8 @@ impl Collect {
         files.check()?;
         let stop = shutdown::on_signals("stopping").context("signals cannot be caught")?;
         let queues = RunQueues::new(&app.settings.amqp.jobs_queue.first().queue, &self.run);
-        let (run, limits, bar) = (self.run.as_str(), &self.limits, RunBar::new(None, "done"));
+        let (run, limits, bar) =
+            (self.run.as_str(), &self.limits, RunBar::new(&bars(), None, "done"));
         let collecting =
             Collecting { app, run, queues: &queues, files, expected: None, limits, bar };
         collecting.run(&stop).await?.tell(self.json)
@@ -148,7 +148,7 @@ impl<'a> Collecting<'a> {
         }
         let told = |summary: &Summary| {
             let all = expected.map(|(_, images)| summary.without_failed(images));
-            bar.set(summary.images, all.or(summary.expected()), summary.worst());
+            bar.set(summary.images, all.or(summary.expected()), &summary.worst());
         };
         // The embeddings that were asked for must be there: noticed now, and not after the last result.
         let lacking = |summary: &Summary| {
@@ -240,7 +240,10 @@ impl Collected<'_> {
         let written = match written {
             Ok(written) => written,
             Err(reason) => {
-                bail!("run {} is not complete: {reason}. The same command goes on", summary.run)
+                bail!(
+                    "run {run} is not complete: {reason}. The same command with --run {run} goes on",
+                    run = summary.run
+                )
             }
         };
         if let Some((job, reason)) = &summary.unreadable {

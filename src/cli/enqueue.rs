@@ -8,7 +8,6 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use futures_util::StreamExt;
 use globset::{Glob, GlobSet, GlobSetBuilder};
-use indicatif::MultiProgress;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -16,7 +15,7 @@ use super::UsageError;
 use super::collect::files::Files;
 use super::collect::{Collecting, Limits};
 use super::gather::has_image_ending;
-use super::progress::{RunBar, progress_bar};
+use super::progress::{RunBar, bars, progress_bar};
 use super::tables::show;
 use crate::amqp::topology::Topology;
 use crate::app::{App, is_s3};
@@ -297,11 +296,12 @@ impl Enqueue {
     ) -> Result<()> {
         let total = images.len();
         let jobs = plan.jobs(total);
-        let bars = MultiProgress::new();
-        let bar = RunBar::new(Some(total), "sent").among(&bars);
+        let bars = bars();
+        let bar = RunBar::new(&bars, Some(total), "sent");
         let (started, mut skipped, mut is_cancelled) = (Instant::now(), None, false);
         let per_job = plan.per_job as u64;
-        let mut images_sent = 0;
+        // Until the last was sent: results may be waited for much longer.
+        let (mut images_sent, mut seconds) = (0, Duration::ZERO);
         let step = |step: Step| match step {
             Step::Sent(sent) => {
                 images_sent = (sent * per_job).min(total);
@@ -310,9 +310,10 @@ impl Enqueue {
                     skipped = Some(sent);
                     bar.begin(images_sent);
                 }
-                bar.set(images_sent, None, String::new());
+                seconds = started.elapsed();
+                bar.set(images_sent, None, &[]);
             }
-            Step::Full { queued } => bar.set(images_sent, None, format!("{queued} jobs wait")),
+            Step::Full { queued } => bar.set(images_sent, None, &[format!("{queued} jobs wait")]),
             Step::Cancelled => is_cancelled = true,
         };
         let options = app.settings.amqp_options("enqueue");
@@ -323,7 +324,7 @@ impl Enqueue {
         let (sent, collected) = match self.files() {
             None => (sending.await, None),
             Some(files) => {
-                let done = RunBar::new(Some(total), "done").among(&bars);
+                let done = RunBar::new(&bars, Some(total), "done");
                 let collecting = Collecting {
                     app,
                     run: &plan.run,
@@ -340,7 +341,6 @@ impl Enqueue {
         bar.clear();
         let sent = sent?;
         let new = sent - skipped.unwrap_or(0).min(sent);
-        let seconds = started.elapsed();
         if sent < jobs && is_cancelled {
             if let Some(collected) = collected {
                 return collected?.tell(self.json);

@@ -130,17 +130,12 @@ impl Summary {
     }
 
     /// The most frequent errors, of images and of jobs, for a line of progress.
-    pub(super) fn worst(&self) -> String {
+    pub(super) fn worst(&self) -> Vec<String> {
         let mut codes = self.errors.clone();
         for (code, count) in &self.failed_jobs {
             *codes.entry(code.clone()).or_default() += count;
         }
-        let most = by_count(&codes);
-        let mut text = joined(&most[..most.len().min(CODES)]);
-        if most.len() > CODES {
-            text.push_str(", …");
-        }
-        text
+        by_count(&codes).iter().take(CODES).map(counted).collect()
     }
 
     pub(super) fn text(&self) -> String {
@@ -181,10 +176,6 @@ fn by_count(counts: &BTreeMap<String, u64>) -> Vec<(&String, &u64)> {
 
 fn counted((what, count): &(&String, &u64)) -> String {
     format!("{what} {count}")
-}
-
-fn joined(counts: &[(&String, &u64)]) -> String {
-    counts.iter().map(counted).collect::<Vec<_>>().join(", ")
 }
 
 /// A list in as many lines as it needs; an entry is never broken.
@@ -229,7 +220,7 @@ mod tests {
     #[test]
     fn results_are_counted_and_the_runs_images_follow_from_its_jobs() {
         let mut summary = Summary::default();
-        assert_eq!((summary.expected(), summary.worst()), (None, String::new()));
+        assert_eq!((summary.expected(), summary.worst()), (None, Vec::new()));
         summary.add(done(1, &[Some("a"), Some("b"), None], &["timeout"]));
         assert_eq!(summary.expected(), Some(16));
         summary.add(done(3, &[Some("b")], &[]));
@@ -239,7 +230,7 @@ mod tests {
         assert_eq!(summary.unreadable.as_ref().unwrap().0, "n/0");
         summary.add(done(2, &[], &["timeout", "not_found", "x", "y"]));
         assert_eq!((summary.images, summary.expected()), (9, Some(9)));
-        assert_eq!(summary.worst(), "timeout 2, not_found 1, unreadable_result 1, …");
+        assert_eq!(summary.worst(), ["timeout 2", "not_found 1", "unreadable_result 1"]);
         summary.run = "n".to_owned();
         summary.jobs = 4;
         assert_eq!(
