@@ -1,5 +1,6 @@
 //! Results, line by line: an image a line as `angler classify --out` writes them, or a whole result of a
-//! job as a worker publishes it.
+//! job as a worker publishes it. `angler collect` writes the first, and a job that failed whole as a line
+//! of its own.
 //!
 //! A line is taken whole or not at all. What is read is what is shown, and no more is demanded: unknown
 //! fields are passed over, embeddings among them, and an error's code is any text, so that results of a
@@ -86,6 +87,8 @@ struct Draft {
     backend: Option<String>,
     status: Option<String>,
     images: Option<Vec<Draft>>,
+    /// In a row of a whole job, as `angler collect` writes it.
+    job: Option<String>,
 }
 
 /// Hands each line that is not blank to `take`: its number, from 1, and what it says, or why it cannot be
@@ -128,7 +131,10 @@ fn parse(text: &[u8]) -> Result<Line, String> {
             job: draft.id.unwrap_or_default(),
             error: draft.error.ok_or("a failed job without `error`")?,
         },
-        (None, None, _) => return Err("neither `uri` nor `images`: it is no result".to_owned()),
+        (None, None, _) => match (draft.job, draft.error) {
+            (Some(job), Some(error)) => Content::FailedJob { job, error },
+            _ => return Err("neither `uri` nor `images`: it is no result".to_owned()),
+        },
     };
     Ok(Line { classes, model, backend, content })
 }
@@ -188,9 +194,10 @@ mod tests {
              \"top\":[{\"label\":\"a\",\"score\":0.5},{\"label\":\"b\",\"score\":0.25}]},\
              {\"uri\":\"3\",\"error\":{\"code\":\"from_the_future\",\"message\":\"x\"}}],\
              \"attempt\":1,\"worker\":\"w\",\"finished_at\":\"t\"}\r\n\
-             {\"id\":\"k\",\"status\":\"failed\",\"error\":{\"code\":\"malformed_job\",\"message\":\"x\"}}",
+             {\"id\":\"k\",\"status\":\"failed\",\"error\":{\"code\":\"malformed_job\",\"message\":\"x\"}}\n\
+             {\"job\":\"r/7\",\"error\":{\"code\":\"cancelled\",\"message\":\"x\"}}",
         );
-        assert_eq!(all.iter().map(|(number, _)| *number).collect::<Vec<_>>(), [1, 3, 4]);
+        assert_eq!(all.iter().map(|(number, _)| *number).collect::<Vec<_>>(), [1, 3, 4, 5]);
         let lines: Vec<&Line> = all.iter().map(|(_, line)| line.as_ref().unwrap()).collect();
         assert_eq!(lines[0].classes.as_deref(), Some("s@1"));
         assert_eq!((classified(lines[0]).margin, classified(lines[0]).score), (Some(0.25), 0.9));
@@ -201,6 +208,8 @@ mod tests {
         assert_eq!(images[0].id.as_deref(), Some("sku"));
         assert!(matches!(&images[1].verdict, Verdict::Failed(e) if e.code == "from_the_future"));
         assert!(matches!(&lines[2].content, Content::FailedJob { job, .. } if job == "k"));
+        let whole = &lines[3].content;
+        assert!(matches!(whole, Content::FailedJob { job, .. } if job == "r/7"));
     }
 
     #[test]
