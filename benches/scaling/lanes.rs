@@ -29,14 +29,27 @@ const QUICK: &str = "angler.quick";
 const IMAGES: usize = 64;
 const PREFETCH: usize = 16;
 
+/// `limits.images_in_flight`: as many as by default, and three batches.
+const IN_FLIGHT: [usize; 2] = [256, 96];
+
 pub async fn measure(world: &World, options: &Options) -> Result<Value> {
     println!("## Lanes: one worker, batches in {} ms\n", options.latency_batch_ms);
     println!(
-        "| one-image jobs in a queue of their own | jobs | p50 | p99 | most | other images/s |"
+        "| images in flight | beside | one-image jobs | p50 | p99 | most | the others' images/s |"
     );
-    println!("|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|");
+    let mut lines = Vec::new();
+    for in_flight in IN_FLIGHT {
+        lines.extend(at(world, options, in_flight).await?);
+    }
+    println!();
+    Ok(json!({ "batch_ms": options.latency_batch_ms, "lines": lines }))
+}
+
+async fn at(world: &World, options: &Options, in_flight: usize) -> Result<[Value; 2]> {
     let mut workers = Workers::new(world, PREFETCH, options.latency_batch_ms);
     workers.set("amqp.jobs_queue", LANES);
+    workers.set("limits.images_in_flight", &in_flight.to_string());
     workers.grow(1).await?;
     let mut load = Load::new(world).await?;
     let mut quick = Quick::new(world).await?;
@@ -67,29 +80,22 @@ pub async fn measure(world: &World, options: &Options) -> Result<Value> {
     workers.stop().await?;
     quick.close().await;
     load.close().await;
+    let (without, with) = (median(without), median(with));
     let line = |what: &str, times: Vec<f64>, other: f64| {
         let times = sorted(times);
         let [p50, p99, most] = [0.5, 0.99, 1.0].map(|p| percentile(&times, p));
         println!(
-            "| {what} | {} | {p50:.0} ms | {p99:.0} ms | {most:.0} ms | {other:.0} |",
+            "| {in_flight} | {what} | {} | {p50:.0} ms | {p99:.0} ms | {most:.0} ms | {other:.0} |",
             times.len()
         );
         json!({
-            "load": what, "jobs": times.len(), "p50_ms": p50, "p99_ms": p99, "max_ms": most,
-            "other_images_per_second": other,
+            "images_in_flight": in_flight, "beside": what, "jobs": times.len(), "p50_ms": p50,
+            "p99_ms": p99, "max_ms": most, "other_images_per_second": other,
         })
     };
-    let (without, with) = (median(without), median(with));
-    let lines = vec![
-        line("nothing else", alone, 0.0),
-        line(&format!("jobs of {IMAGES} images, more than can be done"), beside, with),
-    ];
-    println!("\nWithout the one-image jobs the others came to {without:.0} images/s.\n");
-    Ok(json!({
-        "batch_ms": options.latency_batch_ms,
-        "lines": lines,
-        "other_images_per_second_alone": without,
-    }))
+    let nothing = line("nothing (the others alone)", alone, without);
+    let full = line(&format!("jobs of {IMAGES}, more than can be done"), beside, with);
+    Ok([nothing, full])
 }
 
 /// Sends one job after another and waits for its result.

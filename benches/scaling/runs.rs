@@ -19,7 +19,7 @@ use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::Options;
-use crate::support::eventually;
+use crate::support::{Setup, eventually};
 use crate::worker::Workers;
 use crate::world::{CLASSES, World};
 
@@ -46,8 +46,8 @@ struct Running {
 }
 
 impl Running {
-    fn start(world: &World, arguments: &[&str]) -> Result<Self> {
-        let mut command = world.setup.command(arguments);
+    fn start(setup: &Setup, arguments: &[&str]) -> Result<Self> {
+        let mut command = setup.command(arguments);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         Ok(Self { child, began: Instant::now(), resident: Vec::new() })
     }
@@ -96,6 +96,8 @@ fn memory(pid: u32, what: &str) -> Option<f64> {
 
 async fn million(world: &World, rounds: usize) -> Result<Value> {
     let (endpoint, _listing) = listing().await?;
+    let mut setup = world.setup.clone();
+    setup.set("s3.endpoint", &endpoint);
     println!("## A million keys, listed and enqueued in jobs of {PER_JOB}\n");
     println!(
         "| seconds | images/s | of it sending | MB at a tenth | at half | at the end | most |"
@@ -105,9 +107,7 @@ async fn million(world: &World, rounds: usize) -> Result<Value> {
     for round in 0..rounds {
         let run = format!("million-{round}");
         let source = ["enqueue", "s3://millions/photos/", "--classes", CLASSES, "--json"];
-        let endpoint = format!("s3.endpoint={endpoint}");
-        let more = ["--run", &run, "--setting", &endpoint];
-        let running = Running::start(world, &[&source[..], &more].concat())?;
+        let running = Running::start(&setup, &[&source[..], &["--run", &run]].concat())?;
         let (_, told, seconds, resident) = running.end().await?;
         let told: Value = serde_json::from_str(&told)?;
         ensure!(told["images"] == KEYS, "{told}");
@@ -197,18 +197,18 @@ async fn killed(world: &World) -> Result<Value> {
     let mut peaks = [0.0_f64; 2];
     for most in ["50", "100"] {
         let held = [&enqueue[..], &["--max-queued", most]].concat();
-        let mut running = Running::start(world, &held)?;
+        let mut running = Running::start(&world.setup, &held)?;
         ensure!(!running.watch(Duration::from_secs(4)).await?, "it was done before it was killed");
         running.kill()?;
         peaks[0] = peaks[0].max(running.peak());
     }
-    let sending = Running::start(world, &enqueue)?;
+    let sending = Running::start(&world.setup, &enqueue)?;
     let (_, told, _, resident) = sending.end().await?;
     let sent: Value = serde_json::from_str(&told)?;
     peaks[0] = resident.into_iter().fold(peaks[0], f64::max);
     let path = display(&out)?;
     let collect = ["collect", "--run", "killed", "--out", &path, "--json"];
-    let mut running = Running::start(world, &collect)?;
+    let mut running = Running::start(&world.setup, &collect)?;
     let journal = folder.path().join(".out.jsonl.killed.results");
     eventually("a part is collected", async || {
         (std::fs::metadata(&journal).ok()?.len() > 4_000_000).then_some(())
@@ -217,7 +217,7 @@ async fn killed(world: &World) -> Result<Value> {
     running.watch(Duration::from_millis(500)).await?;
     running.kill()?;
     peaks[1] = running.peak();
-    let (_, told, _, resident) = Running::start(world, &collect)?.end().await?;
+    let (_, told, _, resident) = Running::start(&world.setup, &collect)?.end().await?;
     peaks[1] = resident.into_iter().fold(peaks[1], f64::max);
     let seconds = began.elapsed().as_secs_f64();
     let summary: Value = serde_json::from_str(&told)?;
