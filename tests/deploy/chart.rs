@@ -167,7 +167,7 @@ fn a_gpu_is_asked_for_and_never_doubled() {
 #[test]
 fn keda_counts_what_is_held_and_nobody_else_scales() {
     let zero = ["values-cpu.yaml", "values-scale-to-zero.yaml"];
-    let queues = json!({"settings": {"amqp": {"jobs_queue": "angler.interactive:8, angler.jobs:1"}},
+    let queues = json!({"settings": {"amqp": {"jobs_queue": "angler.quick:8, angler.jobs"}},
                         "autoscaling": {"enabled": true}});
     let (documents, findings) = render(&zero, &queues);
     assert_eq!(findings, "");
@@ -182,8 +182,7 @@ fn keda_counts_what_is_held_and_nobody_else_scales() {
         assert_eq!(metadata["excludeUnacknowledged"], "false");
         counted.push(metadata["queueName"].as_str().unwrap());
     }
-    let wanted =
-        ["angler.interactive", "angler.interactive.suspects", "angler.jobs", "angler.suspects"];
+    let wanted = ["angler.quick", "angler.quick.suspects", "angler.jobs", "angler.suspects"];
     assert_eq!(counted, wanted);
     assert!(kind(&documents, "HorizontalPodAutoscaler").is_none(), "KEDA makes its own");
     assert!(kind(&documents, "Deployment").unwrap()["spec"].get("replicas").is_none());
