@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The servers that the tests need: a private RabbitMQ and a private SeaweedFS (S3), on free loopback ports; and a
-# browser that needs no screen.
+# The servers that the tests need: a private RabbitMQ and a private SeaweedFS (S3), on free loopback ports; a
+# browser that needs no screen; and promtool, which checks metrics.
 #
 #   eval "$(tests/services.sh up)"   installs what is missing, starts both, sets ANGLER_TEST_*: `cargo nextest run` works
 #   tests/services.sh down           stops them and deletes their data
@@ -43,6 +43,7 @@ browser() {
   return 1
 }
 have_browser() { browser >/dev/null; }
+have_promtool() { type -P promtool >/dev/null; }
 have_venv() { cmp -s "$services/requirements.txt" "$venv/requirements.txt" && "$venv/bin/python" -c '' 2>/dev/null; }
 have_python() { python3 -c 'import ensurepip, ssl, venv' 2>/dev/null; }
 
@@ -58,6 +59,7 @@ install_missing() {
   local packages=()
   have_rabbitmq || packages+=(rabbitmq-server)
   have_browser || packages+=(chromium-headless-shell)
+  have_promtool || packages+=(prometheus)
   have_venv || have_python || packages+=(python3-venv)
   if ((${#packages[@]})); then
     if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
@@ -66,6 +68,7 @@ install_missing() {
     logged "installing ${packages[*]} with apt-get" apt_install "${packages[@]}"
     have_rabbitmq || die 'RabbitMQ was installed, but is not in /usr/lib/rabbitmq; set ANGLER_TEST_RABBITMQ_SBIN to its sbin folder'
     have_browser || die "there is no program ${ANGLER_TEST_BROWSER:-chromium-headless-shell}; set ANGLER_TEST_BROWSER to a Chromium or a Chrome"
+    have_promtool || die 'there is no promtool on the PATH; it comes with Prometheus'
   fi
   if ! have_venv; then
     have_python || die "python3 lacks venv, ensurepip or ssl ($(command -v python3 || echo 'there is none')); Debian's is complete with python3-venv"
@@ -81,7 +84,7 @@ fill_venv() {
 }
 
 install() {
-  have_rabbitmq && have_browser && have_venv && return
+  have_rabbitmq && have_browser && have_promtool && have_venv && return
   mkdir -p "$test_env"
   # Runs side by side must not install into one folder at once.
   (

@@ -21,6 +21,8 @@
 //! * `idle`: one-image jobs, one at a time, to `angler worker` with its default model, beside the
 //!   time of the parts, each measured alone.
 //!
+//! * `metrics` (only if named): the worker of `overhead` with and without recording metrics, in turn.
+//!
 //! Each figure is the median of alternating rounds; latencies are taken from all rounds together.
 //! Everything shares this machine's cores: workers, broker, store, and this program.
 
@@ -38,6 +40,7 @@ mod ceilings;
 mod idle;
 mod latency;
 mod load;
+mod metrics;
 mod overhead;
 mod statistics;
 mod throughput;
@@ -101,6 +104,7 @@ enum Section {
     Scaling,
     Latency,
     Idle,
+    Metrics,
 }
 
 impl Options {
@@ -165,6 +169,7 @@ async fn run(options: &Options) -> Result<()> {
             Section::Scaling => ("scaling", throughput::measure(&world, options).await?),
             Section::Latency => ("latency", latency::measure(&world, options).await?),
             Section::Idle => ("idle", idle::measure(&world, options).await?),
+            Section::Metrics => ("metrics", metrics::measure(&world, options).await?),
         };
         report.insert(name.to_owned(), figures);
         // After each, so that a later one that fails takes nothing with it.
