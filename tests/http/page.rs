@@ -157,9 +157,15 @@ async fn the_page_follows_a_worker_on_a_laptop_and_on_a_phone_in_light_and_dark(
             assert!(between.polled.load(Ordering::Relaxed) > before, "it did not poll");
             let text = &seen.text;
             let unseen = hostile.replace('\u{202e}', "\u{fffd}");
-            for expected in
-                ["ready", "up to date", "colours@1", "refused 9", &code, &unseen, "nightly/000017"]
-            {
+            for expected in [
+                "ready",
+                "up to date",
+                "colours@1",
+                "9 was refused",
+                &code,
+                &unseen,
+                "nightly/000017",
+            ] {
                 assert!(text.contains(expected), "{expected} is not in:\n{text}");
             }
             assert!(text.contains("sets the pace") || text.contains("set the pace"), "{text}");
