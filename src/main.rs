@@ -5,7 +5,18 @@ use std::process::ExitCode;
 use angler::cli::Cli;
 use clap::Parser;
 
+/// Read by ONNX Runtime when it is loaded. Without it version 1.32 looks up its maker's server and
+/// keeps a file of events in the user's cache, whatever its own interface was told.
+const NO_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
+
 fn main() -> ExitCode {
+    if std::env::var_os(NO_TELEMETRY).is_none() {
+        // SAFETY: there is no other thread yet that could read the environment.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::env::set_var(NO_TELEMETRY, "1");
+        }
+    }
     // Wrong usage ends in clap with code 2.
     angler::cli::main(Cli::parse())
 }

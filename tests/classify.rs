@@ -188,6 +188,20 @@ fn the_fashion_samples_are_classified_by_either_back_end() {
 }
 
 #[test]
+fn onnx_runtime_leaves_nothing_in_the_users_folders() {
+    let home = tempfile::tempdir().unwrap();
+    let mut setup = tiny();
+    setup.env.insert("HOME".into(), home.path().to_str().unwrap().into());
+    setup.set("embedder.backend", "onnxruntime");
+    setup.set("embedder.onnxruntime_library", &var("ANGLER_TEST_ONNXRUNTIME"));
+    let (out, _) = done(&setup, &["classify", QUERY, "--classes", REFERENCE]);
+    assert!(out.contains("onnxruntime-cpu"), "{out}");
+    // Its telemetry keeps a database of events in `.cache`.
+    let left: Vec<_> = std::fs::read_dir(home.path()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
 fn a_file_appears_when_it_is_complete() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("results.jsonl");

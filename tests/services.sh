@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The servers that the tests need: a private RabbitMQ and a private SeaweedFS (S3), on free loopback ports; and a
-# browser that needs no screen.
+# The servers that the tests need: a private RabbitMQ and a private SeaweedFS (S3), on free loopback ports; a
+# browser that needs no screen; and promtool, which checks metrics.
 #
 #   eval "$(tests/services.sh up)"   installs what is missing, starts both, sets ANGLER_TEST_*: `cargo nextest run` works
 #   tests/services.sh down           stops them and deletes their data
@@ -43,7 +43,7 @@ browser() {
   return 1
 }
 have_browser() { browser >/dev/null; }
-have_promtool() { command -v promtool >/dev/null; }
+have_promtool() { type -P promtool >/dev/null; }
 have_systemd() { command -v systemd-analyze >/dev/null; }
 have_venv() { cmp -s "$services/requirements.txt" "$venv/requirements.txt" && "$venv/bin/python" -c '' 2>/dev/null; }
 have_python() { python3 -c 'import ensurepip, ssl, venv' 2>/dev/null; }

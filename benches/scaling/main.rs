@@ -24,6 +24,8 @@
 //! * `idle`: one-image jobs, one at a time, to `angler worker` with its default model, beside the
 //!   time of the parts, each measured alone.
 //!
+//! * `metrics` (only if named): the worker of `overhead` with and without recording metrics, in turn.
+//!
 //! Each figure is the median of alternating rounds; latencies are taken from all rounds together.
 //! Everything shares this machine's cores: workers, broker, store, and this program.
 
@@ -42,6 +44,7 @@ mod idle;
 mod lanes;
 mod latency;
 mod load;
+mod metrics;
 mod overhead;
 mod runs;
 mod statistics;
@@ -107,6 +110,7 @@ enum Section {
     Latency,
     Lanes,
     Idle,
+    Metrics,
     /// Only when it is named: it takes minutes and a release build of angler
     Runs,
 }
@@ -175,6 +179,7 @@ async fn run(options: &Options) -> Result<()> {
             Section::Lanes => ("lanes", lanes::measure(&world, options).await?),
             Section::Idle => ("idle", idle::measure(&world, options).await?),
             Section::Runs => ("runs", runs::measure(&world, options).await?),
+            Section::Metrics => ("metrics", metrics::measure(&world, options).await?),
         };
         report.insert(name.to_owned(), figures);
         // After each, so that a later one that fails takes nothing with it.

@@ -10,7 +10,8 @@ use angler::app::{App, Daemon};
 use angler::config::Settings;
 use angler::embed::Embedder;
 use angler::embed::fake::FakeEmbedder;
-use angler::engine::Engine;
+use angler::engine::{Engine, OnFailure};
+use angler::metrics::Metrics;
 use anyhow::{Context, Result, ensure};
 use lapin::options::QueueDeclareOptions;
 use lapin::types::FieldTable;
@@ -27,6 +28,8 @@ const ORDERS: &str = "ANGLER_BENCH_SCALING_WORKER";
 pub struct Orders {
     settings: Vec<(String, String)>,
     batch_ms: u64,
+    /// Whether it records metrics.
+    metrics: bool,
 }
 
 /// What this process has to be, if it is a worker.
@@ -39,14 +42,19 @@ pub fn orders() -> Result<Option<Orders>> {
 pub async fn run(orders: Orders) -> Result<()> {
     let settings = Settings::load(None, &orders.settings)?;
     angler::telemetry::start(&settings.log).map_err(anyhow::Error::msg)?;
-    let app = App::new(settings);
+    let mut app = App::new(settings);
+    if !orders.metrics {
+        app.metrics = Arc::new(Metrics::off());
+    }
     let model = app.model()?;
     let delay = Duration::from_millis(orders.batch_ms);
     let embedder: Box<dyn Embedder> =
         Box::new(FakeEmbedder { delay, ..FakeEmbedder::new(model.dim) });
     let size = (model.pixels.width, model.pixels.height);
     let (policy, scorer) = (app.settings.batch_policy(), app.settings.scorer());
-    let engine = Engine::start(vec![embedder], policy, size, scorer)?;
+    let metrics = Arc::clone(&app.metrics);
+    let exits = OnFailure::Exit;
+    let engine = Engine::start_with(vec![embedder], policy, size, scorer, exits, metrics)?;
     let stop = CancellationToken::new();
     let ended = stop.clone();
     std::thread::spawn(move || {
@@ -68,13 +76,15 @@ pub struct Workers<'w> {
     prefetch: usize,
     batch_ms: u64,
     settings: Vec<(String, String)>,
+    metrics: bool,
     children: Vec<Child>,
 }
 
 impl<'w> Workers<'w> {
     /// None yet. Each will hold `prefetch` jobs, and take `batch_ms` for a batch.
     pub fn new(world: &'w World, prefetch: usize, batch_ms: u64) -> Self {
-        Self { world, prefetch, batch_ms, settings: Vec::new(), children: Vec::new() }
+        let settings = Vec::new();
+        Self { world, prefetch, batch_ms, settings, metrics: true, children: Vec::new() }
     }
 
     /// Changes a setting of those that are started from now on.
@@ -82,11 +92,20 @@ impl<'w> Workers<'w> {
         self.settings.push((key.to_owned(), value.to_owned()));
     }
 
+    /// They record no metrics.
+    pub fn unmeasured(self) -> Self {
+        Self { metrics: false, ..self }
+    }
+
     /// Starts more until there are `count`, and waits until all consume.
     pub async fn grow(&mut self, count: usize) -> Result<()> {
         let mut settings = self.world.flags(&[("amqp.prefetch", &self.prefetch.to_string())]);
         settings.extend(self.settings.iter().cloned());
-        let orders = serde_json::to_string(&Orders { settings, batch_ms: self.batch_ms })?;
+        let orders = serde_json::to_string(&Orders {
+            settings,
+            batch_ms: self.batch_ms,
+            metrics: self.metrics,
+        })?;
         while self.children.len() < count {
             let mut command = Command::new(std::env::current_exe()?);
             command.env(ORDERS, &orders).stdin(Stdio::piped()).stdout(Stdio::null());

@@ -64,7 +64,7 @@
     engine: 'Most of it goes into the engine: batching and the model set the pace.',
     publish: 'Most of it goes into publishing: the broker sets the pace.',
   };
-  const REASONS = [['full', 'full'], ['linger', 'waited long enough'], ['drain', 'draining']];
+  const REASONS = [['full', 'full'], ['linger', 'not full in time'], ['drain', 'draining']];
 
   const show = status => {
     const minute = status.last_minute;
@@ -80,7 +80,7 @@
     const size = backend && backend.max_batch;
     const latency = minute.job_seconds || {};
     fill('facts', [
-      fact('images a second', number(minute.images_per_second), failed ? `${number(failed)} of them failed` : 'none failed'),
+      fact('images a second', number(minute.images_per_second), failed ? `${number(failed)} a second failed` : 'none failed'),
       fact('jobs a second', number(minute.jobs_per_second), `${number(status.in_flight.jobs)} in flight`),
       fact('half of the jobs within', seconds(latency.p50), 'p50'),
       fact('99% of the jobs within', seconds(latency.p99), 'p99'),
@@ -109,7 +109,7 @@
         set.swaps ? element('span', '', times(set.swaps, 'swap')) : null,
       ]),
       set.refused ? element('div', 'more bad', [
-        `refused ${set.refused.version ? clean(set.refused.version) : ''} `, moment(set.refused.at), `: ${clean(set.refused.reason)}`,
+        `${set.refused.version ? `version ${clean(set.refused.version)}` : 'active.json'} was refused `, moment(set.refused.at), `: ${clean(set.refused.reason)}`,
       ]) : null,
     ])));
 

@@ -1,5 +1,6 @@
 //! A real browser that opens a page without a network and says what a reader sees of it.
 
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -8,6 +9,8 @@ use serde::Deserialize;
 
 use super::var;
 
+/// Sees a page from inside. With `window.lookAfter` before it, so many milliseconds after the page's load.
+pub const PROBE: &str = include_str!("probe.js");
 /// How long the browser may take; it needs half a second.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -72,30 +75,58 @@ impl Seen {
 /// Opens a page from a file, in a frame of this width: a browser's own window may have a least width.
 pub async fn look(html: &str, width: u32, dark: bool) -> Seen {
     let folder = tempfile::tempdir().unwrap();
-    let probe = include_str!("probe.js");
-    assert!(html.contains("<head>") && !probe.contains("</script"), "no place for the probe");
-    let page = html.replacen("<head>", &format!("<head><script>{probe}</script>"), 1);
+    assert!(html.contains("<head>") && !PROBE.contains("</script"), "no place for the probe");
+    let page = html.replacen("<head>", &format!("<head><script>{PROBE}</script>"), 1);
     std::fs::write(folder.path().join("page.html"), page).unwrap();
     let frame = folder.path().join("frame.html");
     let iframe = format!("<iframe src=page.html width={width} height=900 frameborder=0></iframe>");
     std::fs::write(&frame, format!("<!doctype html><body>{iframe}")).unwrap();
 
+    // The page tells the frame what is seen.
+    let arguments = ["--allow-file-access-from-files", "--dump-dom"].map(str::to_owned);
+    seen(run(&arguments, &format!("file://{}", frame.display()), dark).await)
+}
+
+/// Opens a document that holds the page with the probe in a frame, of a server on this machine.
+///
+/// * `milliseconds`: of the page's own clock, which goes as fast as nothing has to be waited for.
+pub async fn visit(url: &str, dark: bool, milliseconds: u32) -> Seen {
+    let arguments = [format!("--virtual-time-budget={milliseconds}"), "--dump-dom".to_owned()];
+    seen(run(&arguments, url, dark).await)
+}
+
+/// A picture of the page in a window of this size, as a PNG file.
+pub async fn shoot(url: &str, (width, height): (u32, u32), dark: bool, path: &Path) {
+    let arguments = [
+        format!("--window-size={width},{height}"),
+        "--hide-scrollbars".to_owned(),
+        format!("--screenshot={}", path.display()),
+    ];
+    let (_, log) = run(&arguments, url, dark).await;
+    assert!(path.is_file(), "no picture\n{log}");
+}
+
+/// Runs the browser to its end; yields what it printed and its log.
+async fn run(arguments: &[String], url: &str, dark: bool) -> (String, String) {
+    let profile = tempfile::tempdir().unwrap();
     let output = tokio::process::Command::new(var("ANGLER_TEST_BROWSER"))
         .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
         .args(["--no-first-run", "--disable-background-networking", "--enable-logging=stderr"])
-        .arg("--host-resolver-rules=MAP * ~NOTFOUND") // no network
-        .arg("--allow-file-access-from-files") // the page tells the frame what is seen
+        .arg("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1") // no network
         .arg(format!("--blink-settings=preferredColorScheme={}", if dark { 0 } else { 1 }))
-        .arg(format!("--user-data-dir={}", folder.path().join("profile").display()))
-        .arg("--dump-dom")
-        .arg(format!("file://{}", frame.display()))
+        .arg(format!("--user-data-dir={}", profile.path().display()))
+        .args(arguments)
+        .arg(url)
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output();
     let output = tokio::time::timeout(DEADLINE, output).await;
     let output = output.expect("the browser does not end").expect("ANGLER_TEST_BROWSER");
-    let (dom, log) =
-        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    (text(output.stdout), text(output.stderr))
+}
+
+fn seen((dom, log): (String, String)) -> Seen {
     let seen = dom
         .split_once("data-seen=\"")
         .and_then(|(_, rest)| rest.split_once('"'))

@@ -37,7 +37,7 @@
   const hasText = element =>
     element.getClientRects().length > 0 && [...element.childNodes].some(n => n.nodeType === 3 && n.data.trim());
 
-  addEventListener('load', () => {
+  const report = () => {
     const all = [...document.body.querySelectorAll('*')];
     const seen = {
       width: innerWidth,
@@ -58,5 +58,6 @@
     };
     const bytes = new TextEncoder().encode(JSON.stringify(seen));
     parent.document.documentElement.dataset.seen = btoa([...bytes].map(b => String.fromCharCode(b)).join(''));
-  });
+  };
+  addEventListener('load', () => window.lookAfter ? setTimeout(report, window.lookAfter) : report());
 })();

@@ -1,0 +1,71 @@
+//! What recording metrics costs: one worker whose embedder takes no time, with and without it, in
+//! turn, so that both meet the same machine.
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use crate::Options;
+use crate::load::{Load, Rate};
+use crate::statistics::median;
+use crate::worker::Workers;
+use crate::world::World;
+
+/// As in the section `overhead`.
+const JOBS: [(usize, usize); 2] = [(64, 16), (1, 256)];
+
+pub async fn measure(world: &World, options: &Options) -> Result<Value> {
+    // [jobs of so many images][without, with][round]
+    let mut rates: [[Vec<Rate>; 2]; 2] = Default::default();
+    for round in 0..options.rounds {
+        for ((images, prefetch), rates) in JOBS.into_iter().zip(&mut rates) {
+            // Whoever comes second finds caches that are warm: they take turns in that, too.
+            for turn in 0..2 {
+                let recorded = (round + turn) % 2;
+                let workers = Workers::new(world, prefetch, 0);
+                let mut workers = if recorded == 1 { workers } else { workers.unmeasured() };
+                workers.grow(1).await?;
+                let mut load = Load::new(world).await?;
+                let backlog = 2 * workers.held();
+                let processes = workers.processes();
+                let rate = load.sustained(images, backlog, options.window(), &processes).await?;
+                rates[recorded].push(rate);
+                load.close().await;
+                workers.stop().await?;
+            }
+        }
+    }
+    Ok(report(&rates))
+}
+
+fn report(rates: &[[Vec<Rate>; 2]; 2]) -> Value {
+    println!("## Metrics: an embedder that takes no time, with and without recording\n");
+    println!(
+        "| jobs of | images/s without | with | ratio | core ms an image without | with | ratio |"
+    );
+    println!("|---|---|---|---|---|---|---|");
+    let mut lines = Vec::new();
+    for ((images, _), [without, with]) in JOBS.iter().zip(rates) {
+        let of = |rates: &[Rate], value: &dyn Fn(&Rate) -> f64| median(rates.iter().map(value));
+        let [rate_without, rate_with] = [without, with].map(|r| of(r, &|r| r.images));
+        let [ms_without, ms_with] = [without, with].map(|r| of(r, &|r| r.worker_ms));
+        // Neighbours in time are compared, and then the median of that is taken.
+        let pairs = || without.iter().zip(with);
+        let throughput = median(pairs().map(|(a, b)| b.images / a.images));
+        let core_time = median(pairs().map(|(a, b)| b.worker_ms / a.worker_ms));
+        println!(
+            "| {images} | {rate_without:.0} | {rate_with:.0} | {throughput:.3} | {ms_without:.3} | \
+             {ms_with:.3} | {core_time:.3} |"
+        );
+        lines.push(json!({
+            "images_per_job": images,
+            "images_per_second_without": rate_without,
+            "images_per_second_with": rate_with,
+            "throughput_ratio": throughput,
+            "core_ms_without": ms_without,
+            "core_ms_with": ms_with,
+            "core_ms_ratio": core_time,
+        }));
+    }
+    println!();
+    json!(lines)
+}
