@@ -12,7 +12,7 @@ const NO_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
 fn main() -> ExitCode {
     if std::env::var_os(NO_TELEMETRY).is_none() {
         // SAFETY: there is no other thread yet that could read the environment.
-        #[allow(unsafe_code)]
+        #[allow(unsafe_code, clippy::disallowed_methods)]
         unsafe {
             std::env::set_var(NO_TELEMETRY, "1");
         }
