@@ -25,7 +25,7 @@ fn ask(command: &mut Command, input: &Value) -> Value {
 }
 
 /// Objects of these values files and this override, and what Helm and Kubernetes' schemas say of them.
-fn render(values: &[&str], change: &Value) -> (Vec<Value>, String) {
+pub fn render(values: &[&str], change: &Value) -> (Vec<Value>, String) {
     let asked = json!({ "values": values, "override": change });
     let program = repository("tests/deploy/chart.py");
     let answer = ask(Command::new(var("ANGLER_TEST_PYTHON")).arg(program), &asked);
@@ -46,7 +46,7 @@ fn models(documents: &[Value]) -> Vec<(String, Option<String>)> {
     serde_json::from_value(answer).unwrap()
 }
 
-fn kind<'a>(documents: &'a [Value], kind: &str) -> Option<&'a Value> {
+pub fn kind<'a>(documents: &'a [Value], kind: &str) -> Option<&'a Value> {
     documents.iter().find(|d| d["kind"] == kind)
 }
 

@@ -9,6 +9,7 @@ mod dockerfile;
 mod guide;
 mod monitoring;
 mod package;
+mod rolling;
 #[path = "../support/mod.rs"]
 mod support;
 

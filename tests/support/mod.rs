@@ -414,6 +414,8 @@ impl Bucket {
 pub struct Setup {
     pub env: BTreeMap<String, String>,
     pub set: BTreeMap<String, String>,
+    /// Flags beside the settings.
+    pub flags: Vec<String>,
 }
 
 impl Setup {
@@ -450,7 +452,7 @@ impl Setup {
 
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_angler"));
-        command.args(arguments).current_dir(repository(""));
+        command.args(arguments).args(&self.flags).current_dir(repository(""));
         for (key, value) in &self.set {
             command.arg("--setting").arg(format!("{key}={value}"));
         }
