@@ -86,8 +86,9 @@ impl<'w> Workers<'w> {
     }
 
     /// They record no metrics.
-    pub fn unmeasured(self) -> Self {
-        Self { metrics: false, ..self }
+    pub fn unmeasured(mut self) -> Self {
+        self.metrics = false;
+        self
     }
 
     /// Starts more until there are `count`, and waits until all consume.
