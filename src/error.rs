@@ -117,13 +117,14 @@ pub enum FailureCode {
 
 impl FailureCode {
     /// All of them, in the order of their declaration.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::MalformedJob,
         Self::UnknownClassSet,
         Self::UnknownVersion,
         Self::ModelMismatch,
         Self::TooManyImages,
         Self::RetriesExhausted,
+        Self::Cancelled,
     ];
 
     /// The code as it stands in results and in the header `angler-reason`.

@@ -304,7 +304,7 @@ impl Metrics {
     /// A batch closed.
     pub fn batch_closed(&self, reason: CloseReason, images: usize) {
         if self.on {
-            self.batches[reason as usize].inc();
+            count(&self.batches, reason as usize);
             self.batch_images.observe(images as f64);
         }
     }
@@ -332,15 +332,15 @@ impl Metrics {
     pub fn classified(&self, labelled: bool) {
         if self.on {
             let end = if labelled { ImageEnd::Labelled } else { ImageEnd::Unknown };
-            self.images[end as usize].inc();
+            count(&self.images, end as usize);
         }
     }
 
     /// An image of a job failed.
     pub fn image_failed(&self, job: &str, uri: &str, error: &ImageError) {
         if self.on {
-            self.images[ImageEnd::Failed as usize].inc();
-            self.image_errors[error.code as usize].inc();
+            count(&self.images, ImageEnd::Failed as usize);
+            count(&self.image_errors, error.code as usize);
             self.recent.add(job, Some(uri), error.code.as_str(), &error.message);
         }
     }
@@ -348,7 +348,7 @@ impl Metrics {
     /// A whole job failed, and its result says so.
     pub fn job_failed(&self, job: &str, failure: &Failure) {
         if self.on {
-            self.job_failures[failure.code as usize].inc();
+            count(&self.job_failures, failure.code as usize);
             self.recent.add(job, None, failure.code.as_str(), &failure.message);
         }
     }
@@ -400,7 +400,7 @@ impl Metrics {
 
     fn ended(&self, end: End) {
         if self.on {
-            self.jobs[end as usize].inc();
+            count(&self.jobs, end as usize);
         }
     }
 }
@@ -443,7 +443,7 @@ impl JobInFlight {
             return;
         }
         match settlement {
-            Settlement::DeadLetter(failure) => metrics.dead_letters[failure.code as usize].inc(),
+            Settlement::DeadLetter(failure) => count(&metrics.dead_letters, failure.code as usize),
             Settlement::Retry { .. } => metrics.retries[0].inc(),
             Settlement::Ack | Settlement::Requeue => {}
         }
@@ -474,6 +474,13 @@ impl Drop for ImageInFlight<'_> {
         if self.0.on {
             self.0.images_in_flight.dec();
         }
+    }
+}
+
+/// Counts one. A code that is missing in its list is not counted: that ends no worker.
+fn count(counters: &[IntCounter], place: usize) {
+    if let Some(counter) = counters.get(place) {
+        counter.inc();
     }
 }
 

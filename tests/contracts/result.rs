@@ -254,3 +254,9 @@ async fn results_of_a_real_worker_are_valid() {
     assert_eq!(of("no-set")["error"]["code"], "unknown_class_set");
     assert_eq!(of("no-job")["error"]["code"], "malformed_job");
 }
+
+#[test]
+fn every_code_has_its_place_among_those_that_metrics_count() {
+    assert_eq!(codes::<FailureCode>(), FailureCode::ALL);
+    assert_eq!(codes::<ImageErrorCode>(), ImageErrorCode::ALL);
+}
