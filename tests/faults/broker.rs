@@ -90,6 +90,8 @@ async fn a_broker_that_is_killed_stopped_or_short_of_memory_is_outlived_and_no_j
 
     // Stopped for longer than the heartbeats allow.
     let stopped = world.jobs(&client, "stopped", 20).await;
+    // A consumer that outlived the stop would take some of the results.
+    client.close().await;
     server.signal("STOP");
     unready(&worker, "no jobs are being consumed").await;
     server.signal("CONT");
