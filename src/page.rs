@@ -40,7 +40,7 @@ pub use spreads::{Spread, spreads};
 pub use table::{Align, Cell, table};
 pub use thumbnail::{THUMBNAIL_SIDE, thumbnail};
 
-const STYLE: &str = include_str!("page/page.css");
+const STYLE: &str = concat!(include_str!("page/base.css"), include_str!("page/page.css"));
 
 /// Nothing is loaded and nothing is run, but for what the page carries: the fence behind [`escape`].
 const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; \

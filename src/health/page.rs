@@ -12,7 +12,8 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 const PAGE: &str = include_str!("page.html");
-const STYLE: &str = include_str!("page.css");
+/// Colours and type are those of the pages that commands write.
+const STYLE: &str = concat!(include_str!("../page/base.css"), include_str!("page.css"));
 const SCRIPT: &str = include_str!("page.js");
 
 static POLICY: LazyLock<String> = LazyLock::new(|| {

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // In tests a panic is the report.
 
+mod files;
 mod lanes;
 mod runs;
 #[path = "../support/mod.rs"]

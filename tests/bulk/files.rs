@@ -1,57 +1,18 @@
 //! The files of bulk runs: lists and results as Parquet, opened in pyarrow and pandas too, embeddings as
 //! numpy reads them, and results that cannot be read.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // In tests a panic is the report.
-
-mod support;
-
 use std::io::Write;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use lapin::BasicProperties;
 use serde_json::{Value, json};
-use support::{Broker, Bucket, Client, Setup, repository, tiny, var};
 
-struct World {
-    broker: Broker,
-    client: Client,
-    setup: Setup,
-    folder: tempfile::TempDir,
-}
+use super::support::{Bucket, tiny, var};
+use super::{World, lines, persistent};
 
 impl World {
-    async fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::create_dir_all(folder.path().join("classes/colours")).unwrap();
-        let file = folder.path().join("classes/colours/1.safetensors");
-        std::fs::write(file, tiny::version("colours", "1")).unwrap();
-        let broker = Broker::new().await;
-        let mut setup = Setup::worker(&broker, folder.path().join("classes").to_str().unwrap());
-        setup.set("model.path", repository(tiny::MODEL).to_str().unwrap());
-        setup.set("embedder.backend", "tract");
-        let client = broker.connect().await;
-        Self { broker, client, setup, folder }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
     fn text(&self, name: &str) -> String {
         self.path(name).to_str().unwrap().to_owned()
-    }
-
-    fn enqueue(&self, source: &str, run: &str, more: &[&str]) -> (i32, String, String) {
-        let arguments = ["enqueue", source, "--classes", "colours@1", "--run", run];
-        self.setup.run(&[&arguments, more].concat())
-    }
-
-    fn collect(&self, run: &str, out: &str, more: &[&str]) -> (i32, String, String) {
-        let out = self.text(out);
-        let arguments = ["collect", "--run", run, "--out", &out];
-        self.setup.run(&[&arguments, more].concat())
     }
 
     /// Enqueues eight images, an image a job.
@@ -67,15 +28,13 @@ impl World {
     }
 
     /// Answers these jobs, which are the next in the queue.
-    async fn answer(&self, jobs: Range<usize>, with: impl Fn(usize, &Value) -> Vec<u8>) {
+    async fn answer_each(&self, jobs: Range<usize>, with: impl Fn(usize, &Value) -> Vec<u8>) {
         let consumer = self.broker.connect().await;
         let mut received = consumer.consume("angler.jobs").await;
         for number in jobs {
             let job = received.next().await.body;
             assert_eq!(job["run"]["index"], number);
-            let properties = BasicProperties::default()
-                .with_delivery_mode(2)
-                .with_message_id(job["id"].as_str().unwrap().into());
+            let properties = persistent().with_message_id(job["id"].as_str().unwrap().into());
             let queue = format!("angler.run.{}", job["run"]["id"].as_str().unwrap());
             self.client.publish(&queue, &with(number, &job), properties).await;
         }
@@ -135,17 +94,12 @@ fn answer(number: usize, job: &Value) -> Vec<u8> {
     result.to_string().into_bytes()
 }
 
-fn lines(path: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(path).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn parquet_has_proper_types_and_what_the_json_lines_say() {
     let world = World::new().await;
     for (run, out) in [("a", "a.jsonl"), ("b", "b.parquet"), ("c", "c.csv")] {
         world.eight(run);
-        world.answer(0..8, answer).await;
+        world.answer_each(0..8, answer).await;
         let (code, _, log) = world.collect(run, out, &[]);
         assert_eq!(code, 0, "{log}");
         assert!(log.contains("failed jobs   unreadable_result 2, unknown_version 1"), "{log}");
@@ -216,13 +170,13 @@ print("fine")
 async fn a_result_that_cannot_be_read_is_a_row_of_its_own_and_kept() {
     let world = World::new().await;
     world.eight("r");
-    world.answer(0..7, answer).await;
+    world.answer_each(0..7, answer).await;
     // Not complete at first, so that it is read from the journal, too.
     let (code, _, log) = world.collect("r", "r.jsonl", &["--silence", "1"]);
     assert_eq!(code, 1, "{log}");
     assert!(log.contains("1 of 8 jobs have no result, numbers 7"), "{log}");
     assert!(log.contains("unreadable_result 1"), "{log}");
-    world.answer(7..8, answer).await;
+    world.answer_each(7..8, answer).await;
     let (code, _, log) = world.collect("r", "r.jsonl", &[]);
     assert_eq!(code, 0, "{log}");
     assert_eq!(log.matches("could not be read").count(), 1, "{log}");
@@ -253,7 +207,7 @@ async fn a_result_that_cannot_be_read_is_a_row_of_its_own_and_kept() {
 async fn embeddings_become_a_matrix_with_ids_or_nothing_is_lost() {
     let world = World::new().await;
     world.eight("e");
-    world.answer(0..8, answer).await;
+    world.answer_each(0..8, answer).await;
     let matrix = world.text("e.npy");
     std::fs::write(&matrix, "an older one").unwrap();
     let (code, _, log) = world.collect("e", "e.csv", &["--embeddings-out", &matrix]);
@@ -276,7 +230,7 @@ print([json.loads(line) if line.startswith('"') else line for line in ids])
         result["images"][0].as_object_mut().unwrap().remove("embedding").unwrap();
         result.to_string().into_bytes()
     };
-    world.answer(0..8, without).await;
+    world.answer_each(0..8, without).await;
     for _ in 0..2 {
         let (code, _, log) = world.collect("none", "none.csv", &["--embeddings-out", &matrix]);
         assert_eq!(code, 1, "{log}");
