@@ -1,0 +1,342 @@
+//! The course of one job: admitted image by image, collected, published, settled.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::Core;
+use crate::classes::ClassVectors;
+use crate::classes::Opinion;
+use crate::engine::{Scored, SubmitError, Want};
+use crate::error::{Failure, FailureCode, FatalError, ImageError, ImageErrorCode, JobError};
+use crate::job::{Embedding, ImageEntry, ImageRef, Job, JobResult, Outcome, Provenance, Verdict};
+use crate::metrics::{JobInFlight, Stage};
+use crate::outage::Outage;
+use crate::source::{Delivery, Settlement};
+
+/// Images of a suspect in flight at once. If what ended the worker was too little memory for many
+/// large images at once, it now passes.
+const SUSPECT_IMAGES: usize = 4;
+
+/// An image's place among those in flight, and among those of its suspect.
+type Place = (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>);
+
+/// A job whose images are all on their way.
+struct Admitted {
+    classes: Arc<ClassVectors>,
+    /// The shadow version, if it is tried on this job.
+    candidate: Option<Arc<ClassVectors>>,
+    deadline: Instant,
+    /// In the job's order, and fewer than it has if its time ran out before the last had a place;
+    /// an image whose handle is dropped is given up.
+    images: Vec<AbortOnDropHandle<Result<Scored, SubmitError>>>,
+}
+
+impl Core {
+    /// Starts a job, which holds its place until it is settled.
+    pub(super) async fn start(
+        self: &Arc<Self>,
+        delivery: Delivery,
+        slot: OwnedSemaphorePermit,
+        stop: &CancellationToken,
+        jobs: &mut JoinSet<Result<(), FatalError>>,
+    ) {
+        let core = Arc::clone(self);
+        let in_flight = core.metrics().job();
+        // Class vectors that are not in memory are loaded beside the way: the jobs behind this one
+        // do not wait for them.
+        if core.must_load(&delivery) {
+            let stop = stop.clone();
+            jobs.spawn(async move {
+                let _slot = slot;
+                let admitted = core.admit(&delivery, &stop).await;
+                core.finish(delivery, admitted, in_flight).await
+            });
+            return;
+        }
+        let admitted = core.admit(&delivery, stop).await;
+        jobs.spawn(async move {
+            let _slot = slot;
+            core.finish(delivery, admitted, in_flight).await
+        });
+    }
+
+    /// Whether the job's class vectors are not in memory yet.
+    fn must_load(&self, delivery: &Delivery) -> bool {
+        delivery.job.as_ref().is_ok_and(|job| self.catalog.loaded(&job.classes).is_none())
+    }
+
+    /// Chooses the version and starts every image, each as soon as there is a place for it.
+    async fn admit(
+        &self,
+        delivery: &Delivery,
+        stop: &CancellationToken,
+    ) -> Result<Admitted, JobError> {
+        let job = delivery.job.as_ref().map_err(|unworkable| unworkable.failure.clone())?;
+        let classes = tokio::select! {
+            biased;
+            () = stop.cancelled() => return Err(JobError::Abandoned("the worker is stopping")),
+            () = delivery.lost.cancelled() => return Err(JobError::Abandoned("its connection is gone")),
+            classes = self.resolve(job) => classes?,
+        };
+        let candidate = self.options.shadow.as_ref().and_then(|shadow| shadow.beside(&classes));
+        let deadline = Instant::now() + self.options.job_time;
+        let mut images = Vec::with_capacity(job.images.len());
+        let few = delivery.suspect.then(|| Arc::new(Semaphore::new(SUSPECT_IMAGES)));
+        for ImageRef { uri, .. } in &job.images {
+            let slot = tokio::select! {
+                biased;
+                () = stop.cancelled() => return Err(JobError::Abandoned("the worker is stopping")),
+                () = delivery.lost.cancelled() => return Err(JobError::Abandoned("its connection is gone")),
+                // Jobs that wait behind this one must not wait for ever.
+                () = sleep_until(deadline) => break,
+                slot = self.place(few.as_ref()) => slot,
+            };
+            let want = Want {
+                classes: Some(Arc::clone(&classes)),
+                // The margin needs the runner-up.
+                top_k: job.top_k.max(2),
+                embedding: job.embeddings,
+                shadow: candidate.clone(),
+            };
+            images.push(self.start_image(uri.clone(), want, slot));
+        }
+        Ok(Admitted { classes, candidate, deadline, images })
+    }
+
+    /// The version that a job is scored against, unless its run was cancelled.
+    async fn resolve(&self, job: &Job) -> Result<Arc<ClassVectors>, JobError> {
+        if let (Some(run), Some(cancellations)) = (&job.run, &self.options.cancellations)
+            && cancellations.is_cancelled(&run.id).await
+        {
+            let reason = format!("run {} was cancelled", run.id);
+            return Err(Failure::new(FailureCode::Cancelled, reason).into());
+        }
+        Ok(self.catalog.resolve(&job.classes).await?)
+    }
+
+    /// A place for an image among those in flight, and among the `few` of a suspect.
+    async fn place(&self, few: Option<&Arc<Semaphore>>) -> Place {
+        let few = match few {
+            // It is never closed; without a permit the image would only run beside more others.
+            Some(few) => Arc::clone(few).acquire_owned().await.ok(),
+            None => None,
+        };
+        (self.pipeline.slot().await, few)
+    }
+
+    fn start_image(
+        &self,
+        uri: String,
+        want: Want,
+        (slot, few): Place,
+    ) -> AbortOnDropHandle<Result<Scored, SubmitError>> {
+        let pipeline = Arc::clone(&self.pipeline);
+        let image = async move {
+            let _few = few;
+            pipeline.image(&uri, want, slot).await
+        };
+        AbortOnDropHandle::new(tokio::spawn(image))
+    }
+
+    /// Collects, publishes, settles. A delivery that is lost on the way is let go: it comes back.
+    async fn finish(
+        &self,
+        delivery: Delivery,
+        admitted: Result<Admitted, JobError>,
+        in_flight: JobInFlight,
+    ) -> Result<(), FatalError> {
+        let lost = delivery.lost.clone();
+        let id = match &delivery.job {
+            Ok(job) => job.id.clone(),
+            Err(unworkable) => unworkable.id.clone(),
+        };
+        tokio::select! {
+            biased;
+            done = self.conclude(delivery, admitted, &in_flight) => done,
+            () = lost.cancelled() => {
+                in_flight.lost();
+                tracing::info!(job = id, "let go: its connection is gone, so it is delivered again");
+                Ok(())
+            }
+        }
+    }
+
+    async fn conclude(
+        &self,
+        delivery: Delivery,
+        admitted: Result<Admitted, JobError>,
+        in_flight: &JobInFlight,
+    ) -> Result<(), FatalError> {
+        let Delivery { mut job, attempt, reply, settle, .. } = delivery;
+        let outcome = match (&mut job, admitted) {
+            (Ok(job), Ok(admitted)) => self.collect(job, admitted, attempt).await,
+            (_, Err(error)) => Err(error),
+            (Err(unworkable), Ok(_)) => Err(unworkable.failure.clone().into()),
+        };
+        let (id, run) = match job {
+            Ok(job) => (job.id, job.run),
+            Err(unworkable) => (unworkable.id, unworkable.run),
+        };
+        let (outcome, settlement) = match self.judge(outcome, attempt) {
+            Ok(terminal) => terminal,
+            Err((settlement, reason)) => {
+                tracing::info!(job = id, attempt, ?settlement, "job not finished: {reason}");
+                settle.settle(settlement.clone()).await;
+                in_flight.settled(&settlement, false);
+                return Ok(());
+            }
+        };
+        let images = match &outcome {
+            Outcome::Done { images, .. } => images.len(),
+            Outcome::Failed { .. } => 1,
+        };
+        let failed = matches!(outcome, Outcome::Failed { .. });
+        if let Outcome::Failed { error } = &outcome {
+            self.metrics().job_failed(&id, error);
+            // Of a run that was cancelled there may be thousands; that it was is said once.
+            match error.code {
+                FailureCode::Cancelled => tracing::debug!(job = id, "{error}"),
+                code => tracing::warn!(job = id, attempt, %code, "job failed: {error}"),
+            }
+        }
+        let finished_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+        let worker = self.options.name.clone();
+        let result = JobResult { id, outcome, run, attempt, worker, finished_at };
+        let clock = self.metrics().clock();
+        self.sink.publish(&result, &reply).await?;
+        self.metrics().step_of(Stage::Publish, clock.spent(), images);
+        settle.settle(settlement.clone()).await;
+        in_flight.settled(&settlement, failed);
+        Ok(())
+    }
+
+    /// Every image's entry, in the job's order. The job's own list becomes theirs.
+    async fn collect(
+        &self,
+        job: &mut Job,
+        admitted: Admitted,
+        attempt: u32,
+    ) -> Result<Outcome, JobError> {
+        let Admitted { classes, candidate, deadline, images } = admitted;
+        let mut entries = Vec::with_capacity(images.len());
+        let mut transient = Vec::new();
+        let mut images = images.into_iter();
+        for ImageRef { uri, id } in std::mem::take(&mut job.images) {
+            let outcome = match images.next() {
+                Some(image) => self.image_outcome(image, deadline).await?,
+                None => Err(self.out_of_time()),
+            };
+            let verdict = match outcome {
+                Ok(scored) => {
+                    if let (Some(shadow), Some(candidate)) = (&self.options.shadow, &candidate) {
+                        let now = Opinion::of(&classes, &scored.top, job.min_score);
+                        let then = Opinion::of(candidate, &scored.shadow, job.min_score);
+                        shadow.count(&uri, &classes.id(), now, then);
+                    }
+                    let mut classified = classes.classified(&scored.top, job.top_k, job.min_score);
+                    self.metrics().classified(classified.label.is_some());
+                    classified.embedding = scored.embedding.map(Embedding);
+                    Verdict::Labelled(classified)
+                }
+                Err(error) => {
+                    tracing::debug!(job = job.id, uri, code = %error.code, "image failed: {error}");
+                    self.metrics().image_failed(&job.id, &uri, &error);
+                    if error.is_transient() {
+                        transient.push(error.message.clone());
+                    }
+                    Verdict::Failed { error }
+                }
+            };
+            entries.push(ImageEntry { uri, id, verdict });
+        }
+        // The store may be back later. After the last attempt, what can be said is said, unless
+        // that is nothing at all.
+        if let Some(error) = transient.first() {
+            let again = self.options.retry.delay_after(attempt).is_some();
+            if again || transient.len() == entries.len() {
+                return Err(JobError::Transient(error.clone()));
+            }
+        }
+        let provenance = Provenance {
+            classes: classes.id(),
+            model: self.options.model.clone(),
+            backend: self.backend().as_str().to_owned(),
+        };
+        Ok(Outcome::Done { provenance, images: entries })
+    }
+
+    async fn image_outcome(
+        &self,
+        image: AbortOnDropHandle<Result<Scored, SubmitError>>,
+        deadline: Instant,
+    ) -> Result<Result<Scored, ImageError>, JobError> {
+        match timeout_at(deadline, image).await {
+            Ok(Ok(Ok(scored))) => Ok(Ok(scored)),
+            Ok(Ok(Err(SubmitError::Image(error)))) => Ok(Err(error)),
+            Ok(Ok(Err(SubmitError::Gone))) => {
+                Err(JobError::Abandoned("the back end stopped working"))
+            }
+            Ok(Err(panic)) => Ok(Err(ImageError::new(
+                ImageErrorCode::Internal,
+                format!("the image's task ended early: {panic}"),
+            ))),
+            Err(_) => Ok(Err(self.out_of_time())),
+        }
+    }
+
+    /// The error of an image whose job's time is over.
+    fn out_of_time(&self) -> ImageError {
+        ImageError::new(
+            ImageErrorCode::Timeout,
+            format!(
+                "its job was not finished within {} s (limits.job_seconds)",
+                self.options.job_time.as_secs_f64()
+            ),
+        )
+    }
+
+    /// What is published and how the delivery settles; or, without a result, how it settles and
+    /// why.
+    fn judge(
+        &self,
+        outcome: Result<Outcome, JobError>,
+        attempt: u32,
+    ) -> Result<(Outcome, Settlement), (Settlement, String)> {
+        let failure = match outcome {
+            Ok(outcome) => return Ok((outcome, Settlement::Ack)),
+            Err(JobError::Abandoned(reason)) => {
+                return Err((Settlement::Requeue, reason.to_owned()));
+            }
+            // The attempt was none: it could not have ended otherwise.
+            Err(JobError::Transient(error))
+                if self.pipeline.outage().is_some_and(Outage::is_certain) =>
+            {
+                return Err((Settlement::Requeue, error));
+            }
+            Err(JobError::Transient(error)) => match self.options.retry.delay_after(attempt) {
+                Some(delay) => {
+                    return Err((Settlement::Retry { delay, error: error.clone() }, error));
+                }
+                None => Failure::new(
+                    FailureCode::RetriesExhausted,
+                    format!("attempt {attempt} was the last: {error}"),
+                ),
+            },
+            Err(JobError::Failed(failure)) => failure,
+        };
+        // The producer has its answer for all of these; what a person must look at is kept too.
+        let settlement = match failure.code {
+            FailureCode::MalformedJob | FailureCode::RetriesExhausted => {
+                Settlement::DeadLetter(failure.clone())
+            }
+            _ => Settlement::Ack,
+        };
+        Ok((Outcome::Failed { error: failure }, settlement))
+    }
+}
