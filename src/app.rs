@@ -33,6 +33,7 @@ use crate::store::local::{LocalImages, LocalObjects};
 use crate::store::s3::{self, S3Images, S3Objects, S3Uri};
 use crate::store::shared::SharedImages;
 use crate::store::{ImageStore, ObjectStore, Routed};
+use crate::telemetry::otlp::{Identity, Otlp};
 use crate::watchdog;
 use crate::worker::{Worker, WorkerOptions};
 
@@ -240,6 +241,7 @@ impl App {
             retry: s.retry_schedule(),
             shadow: None,
             cancellations: None,
+            traces: None,
         }
     }
 
@@ -327,9 +329,13 @@ impl App {
         let mut options = self.worker_options(&name, model, jobs);
         options.shadow = shadow;
         let first = s.amqp.jobs_queue.first().queue.clone();
+        let identity = Identity { worker: name, model: model.fingerprint.clone() };
+        let otlp = Otlp::start(&s.telemetry, &identity)?;
+        options.traces = otlp.as_ref().map(Otlp::traces);
         options.cancellations = Some(Arc::new(CancelledRuns::new(Arc::clone(&publisher), first)));
         let worker = Worker::new(source, sink, pipeline, Arc::clone(&catalog), options);
-        Ok(Daemon { worker, publisher, engine, followers })
+        let surroundings = Surroundings { engine, publisher, otlp, followers };
+        Ok(Daemon { worker, surroundings })
     }
 }
 
@@ -352,16 +358,36 @@ async fn load_shadow(catalog: &Catalog, shadow: &Shadow, poll: Duration) {
     }
 }
 
-/// A worker, and what is to be closed once it has run.
+/// A worker, and what it runs in.
 pub struct Daemon {
     /// Not started yet.
     pub worker: Worker,
-    /// Publishes results, retries and dead letters.
-    pub publisher: Arc<Publisher>,
+    /// To be closed once it has run.
+    pub surroundings: Surroundings,
+}
+
+/// What a worker runs in.
+pub struct Surroundings {
     /// Runs the model.
     pub engine: Engine,
+    /// Publishes results, retries and dead letters.
+    publisher: Arc<Publisher>,
+    /// Sends traces, if that is wanted.
+    otlp: Option<Otlp>,
     /// Follow the active versions, the store and the watchdog until they are dropped.
-    pub followers: Vec<AbortOnDropHandle<()>>,
+    followers: Vec<AbortOnDropHandle<()>>,
+}
+
+impl Surroundings {
+    /// Ends it all, each part within its deadline.
+    pub async fn close(self) {
+        drop(self.followers);
+        self.publisher.close().await;
+        self.engine.close().await;
+        if let Some(otlp) = self.otlp {
+            otlp.close().await;
+        }
+    }
 }
 
 /// The host's name: in a container it is the container's or the pod's.

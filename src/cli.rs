@@ -27,7 +27,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::app::App;
-use crate::config::{Settings, SettingsError};
+use crate::config::{LogFormat, Settings, SettingsError};
 use crate::embed::BackendChoice;
 use crate::telemetry;
 
@@ -105,10 +105,14 @@ pub fn main(cli: Cli) -> ExitCode {
                 return ExitCode::from(*code);
             }
             eprintln!("error: {error:#}");
-            let usage = error.chain().any(|e| e.is::<SettingsError>() || e.is::<UsageError>());
-            ExitCode::from(if usage { 2 } else { 1 })
+            ExitCode::from(exit_code(&error))
         }
     }
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let usage = error.chain().any(|e| e.is::<SettingsError>() || e.is::<UsageError>());
+    if usage { 2 } else { 1 }
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
@@ -147,6 +151,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         settings.log.level = "off".to_owned();
     }
     telemetry::start(&settings.log).map_err(|error| unusable(UsageError(error).into()))?;
+    let machines_read =
+        matches!(cli.command, Command::Worker(_)) && settings.log.format == LogFormat::Json;
     let app = App::new(settings);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
@@ -166,6 +172,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::DefaultSettings | Command::Completions(_) | Command::Man(_) => Ok(()),
         }
     });
+    // Where machines read the log, its last line is one of theirs, too.
+    let outcome = match outcome {
+        Err(error) if machines_read && !error.is::<Said>() => {
+            tracing::error!("{error:#}");
+            Err(Said(exit_code(&error)).into())
+        }
+        outcome => outcome,
+    };
     // Blocking threads that still decode an image nobody waits for do not hold up the exit.
     runtime.shutdown_background();
     outcome

@@ -51,6 +51,7 @@ pub struct Settings {
     pub http: HttpSettings,
     pub shutdown: ShutdownSettings,
     pub log: LogSettings,
+    pub telemetry: TelemetrySettings,
 }
 
 macro_rules! section {
@@ -124,6 +125,32 @@ section!(/** `[retry]` */ RetrySettings { delays_seconds: Vec<f64>, max_attempts
 section!(/** `[http]` */ HttpSettings { listen: String, });
 section!(/** `[shutdown]` */ ShutdownSettings { grace_seconds: u64, });
 section!(/** `[log]` */ LogSettings { level: String, format: LogFormat, });
+section!(/** `[telemetry]` */ TelemetrySettings {
+    otlp_endpoint: String,
+    otlp_sample: f64,
+    service_name: String,
+    ca_file: String,
+});
+
+impl TelemetrySettings {
+    fn check(&self) -> Result<(), SettingsError> {
+        let Self { otlp_endpoint: endpoint, otlp_sample: sample, .. } = self;
+        let rest = endpoint.strip_prefix("http://").or_else(|| endpoint.strip_prefix("https://"));
+        let usable = rest.is_some_and(|rest| !rest.is_empty() && !rest.starts_with(['/', ':']));
+        if !endpoint.is_empty() && !usable {
+            return Err(SettingsError(format!(
+                "telemetry.otlp_endpoint = {:?} must be http://HOST:PORT or https://HOST:PORT",
+                redacted(endpoint)
+            )));
+        }
+        if !(0.0..=1.0).contains(sample) {
+            return Err(SettingsError(format!(
+                "telemetry.otlp_sample = {sample} must be between 0 and 1"
+            )));
+        }
+        Ok(())
+    }
+}
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -228,6 +255,7 @@ impl Settings {
             ));
         }
         parse_url(&a.url).map_err(|e| SettingsError(e.to_string()))?;
+        self.telemetry.check()?;
         self.preload()?;
         self.shadow()?;
         Ok(())
@@ -520,6 +548,10 @@ mod tests {
             ("[amqp]\njobs_queue = []", "amqp.jobs_queue"),
             ("[amqp]\njobs_queue = [\"a\", \"a:2\"]", "amqp.jobs_queue names a twice"),
             ("[amqp]\nurl = \"http://h\"", "amqp.url"),
+            ("[telemetry]\notlp_endpoint = \"h:4318\"", "telemetry.otlp_endpoint"),
+            ("[telemetry]\notlp_endpoint = \"https://\"", "telemetry.otlp_endpoint"),
+            ("[telemetry]\notlp_sample = 1.5", "telemetry.otlp_sample"),
+            ("[telemetry]\notlp_sample = nan", "telemetry.otlp_sample"),
         ] {
             let message = refused(file);
             assert!(message.contains(key), "{file}: {message}");

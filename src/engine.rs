@@ -26,13 +26,14 @@ use crate::embed::{Backend, ClassMemory, Embedder};
 use crate::error::{FatalError, ImageError};
 use crate::metrics::{Clock, Metrics};
 use crate::score::{ClassScore, Scorer};
+use crate::trace::JobTrace;
 use crate::watchdog::Step;
 use batcher::{BatchPolicy, CloseReason};
 pub use frames::Frame;
 use frames::{Claim, Frames, Joined, Part, Sealed};
 
 /// What is wanted of one image.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Want {
     /// The class vectors to score against; none: only the embedding is wanted.
     pub classes: Option<Arc<ClassVectors>>,
@@ -42,6 +43,8 @@ pub struct Want {
     pub shadow: Option<Arc<ClassVectors>>,
     /// Whether the normalised embedding comes back.
     pub embedding: bool,
+    /// The span of its job, if one is sent: batches are linked to it.
+    pub trace: Option<JobTrace>,
 }
 
 /// What came of one image.
@@ -85,14 +88,20 @@ pub(crate) struct Batch {
     images: Vec<Image>,
     joined: Joined,
     frames: Arc<Frames>,
+    closed: CloseReason,
 }
 
 impl Batch {
     /// Of images and where they were written.
-    fn join(mut written: Vec<(Part, Image)>, sealed: Sealed, frames: Arc<Frames>) -> Self {
+    fn join(
+        mut written: Vec<(Part, Image)>,
+        sealed: Sealed,
+        frames: Arc<Frames>,
+        closed: CloseReason,
+    ) -> Self {
         let joined = sealed.join(&mut written);
         let images = written.into_iter().map(|(_, image)| image).collect();
-        Self { images, joined, frames }
+        Self { images, joined, frames, closed }
     }
 
     fn len(&self) -> usize {

@@ -40,5 +40,6 @@ pub mod source;
 pub mod store;
 pub mod telemetry;
 pub mod tls;
+pub mod trace;
 pub mod watchdog;
 pub mod worker;

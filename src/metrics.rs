@@ -398,10 +398,11 @@ impl Metrics {
         }
     }
 
-    fn ended(&self, end: End) {
+    fn ended(&self, end: End) -> &'static str {
         if self.on {
             count(&self.jobs, end as usize);
         }
+        JOB_OUTCOMES[end as usize]
     }
 }
 
@@ -428,8 +429,8 @@ pub struct JobInFlight {
 }
 
 impl JobInFlight {
-    /// Its delivery was settled so.
-    pub fn settled(&self, settlement: &Settlement, failed: bool) {
+    /// Its delivery was settled so; yields its outcome by name, one of [`JOB_OUTCOMES`].
+    pub fn settled(&self, settlement: &Settlement, failed: bool) -> &'static str {
         let metrics = &self.metrics;
         let end = match settlement {
             Settlement::Ack if failed => End::Failed,
@@ -438,9 +439,9 @@ impl JobInFlight {
             Settlement::Retry { .. } => End::Retried,
             Settlement::Requeue => End::Requeued,
         };
-        metrics.ended(end);
+        let outcome = metrics.ended(end);
         if !metrics.on {
-            return;
+            return outcome;
         }
         match settlement {
             Settlement::DeadLetter(failure) => count(&metrics.dead_letters, failure.code as usize),
@@ -450,11 +451,12 @@ impl JobInFlight {
         if matches!(settlement, Settlement::Ack | Settlement::DeadLetter(_)) {
             metrics.job_seconds.observe(self.clock.spent().as_secs_f64());
         }
+        outcome
     }
 
-    /// Its delivery is gone with its connection.
-    pub fn lost(&self) {
-        self.metrics.ended(End::Lost);
+    /// Its delivery is gone with its connection; yields its outcome by name.
+    pub fn lost(&self) -> &'static str {
+        self.metrics.ended(End::Lost)
     }
 }
 

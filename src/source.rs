@@ -69,6 +69,8 @@ pub trait Cancellations: Send + Sync {
 pub struct Delivery {
     /// The job, or why the message is not worked on.
     pub job: Result<Job, Unworkable>,
+    /// The queue, or what else it came from, for people.
+    pub queue: String,
     /// Which attempt this is, from 1.
     pub attempt: u32,
     /// Whether it is a suspect, which runs alone and a few images at a time.

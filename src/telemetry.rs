@@ -1,4 +1,6 @@
-//! Logs, on standard error: text for people, JSON for machines.
+//! Logs, on standard error: text for people, JSON for machines. Traces, to a collector: [`otlp`].
+
+pub mod otlp;
 
 use std::io::IsTerminal;
 
@@ -19,7 +21,12 @@ pub fn start(settings: &LogSettings) -> Result<(), String> {
         .map_err(|e| format!("log.level = {:?}: {e}", settings.level))?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let started = match settings.format {
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Json => {
+            let started = builder.json().flatten_event(true).try_init();
+            // A panic, too, is a line that machines can read.
+            std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
+            started
+        }
         LogFormat::Text => builder
             .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
             .with_target(false)

@@ -53,6 +53,14 @@ pub const BROKER: Peer = Peer {
 pub const STORE: Peer =
     Peer { name: "the store", address: "s3.endpoint", ca_file: "s3.ca_file", identity: None };
 
+/// The collector of traces.
+pub const COLLECTOR: Peer = Peer {
+    name: "the collector",
+    address: "telemetry.otlp_endpoint",
+    ca_file: "telemetry.ca_file",
+    identity: None,
+};
+
 impl Peer {
     /// Reads the authorities of `ca_file`; yields the file as it is, and what is in it.
     ///

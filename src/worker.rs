@@ -13,6 +13,7 @@
 
 mod course;
 mod turns;
+mod underway;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -33,6 +34,7 @@ use crate::pipeline::Pipeline;
 use crate::retry::RetrySchedule;
 use crate::sink::ResultSink;
 use crate::source::{Cancellations, Delivery, JobSource};
+use crate::trace::Traces;
 
 /// What a worker is told, beside its ports.
 #[derive(Clone)]
@@ -53,6 +55,8 @@ pub struct WorkerOptions {
     pub shadow: Option<Arc<Shadow>>,
     /// Which runs were cancelled; none: no run can be.
     pub cancellations: Option<Arc<dyn Cancellations>>,
+    /// Where spans are made; none: there are none.
+    pub traces: Option<Arc<Traces>>,
 }
 
 /// Takes jobs from a source, classifies their images and hands results to a sink.

@@ -134,7 +134,7 @@ async fn submit(engine: &Engine, images: usize) -> Vec<Result<Scored, SubmitErro
     let submit = async |grey: usize| {
         let mut frame = engine.frame().await?;
         frame.pixels_mut().fill(u8::try_from(grey + 1).unwrap());
-        let want = Want { classes: None, top_k: 0, shadow: None, embedding: true };
+        let want = Want { embedding: true, ..Want::default() };
         engine.submit(frame, want).await
     };
     let all = join_all((0..images).map(submit));

@@ -63,6 +63,8 @@ const LAYERS: &[(&str, Layer)] = &[
     ("engine", Core),
     // Recorded by all of these; exposed by `health`.
     ("metrics", Core),
+    // Made by the worker and the engine; sent by `telemetry`.
+    ("trace", Core),
     ("classes::catalog", Core),
     ("classes::build", Core),
     ("amqp", Adapters),
@@ -103,6 +105,9 @@ const FORBIDDEN: &[(&str, Layer, &str)] = &[
     ("aws_sdk_s3", Core, "only adapters know S3"),
     ("aws_config", Core, "only adapters know S3"),
     ("axum", Core, "only adapters know HTTP"),
+    ("opentelemetry", Ports, "spans are made in `trace`"),
+    ("opentelemetry_sdk", Adapters, "where spans go is decided at the top"),
+    ("opentelemetry_otlp", Adapters, "where spans go is decided at the top"),
     ("ort", Core, "only adapters know ONNX Runtime"),
     ("tract_onnx", Core, "only adapters know tract"),
     ("anyhow", Adapters, "errors are closed sets, but at the edge"),

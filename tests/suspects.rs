@@ -131,6 +131,7 @@ async fn child() {
             retry: RetrySchedule { delays: vec![Duration::from_secs(1)], max_attempts: 2 },
             shadow: None,
             cancellations: None,
+            traces: None,
         },
     );
     worker.run(CancellationToken::new()).await.unwrap();

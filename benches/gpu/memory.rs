@@ -173,7 +173,7 @@ async fn answered(
         let pixels = pixels.index_axis(Axis(0), image % pixels.len_of(Axis(0)));
         frame.pixels_mut().copy_from_slice(pixels.as_slice().unwrap_or_default());
         let classes = Some(Arc::clone(classes));
-        engine.submit(frame, Want { classes, top_k: TOP_K, shadow: None, embedding: false }).await
+        engine.submit(frame, Want { classes, top_k: TOP_K, ..Want::default() }).await
     };
     let all = async {
         let answers = stream::iter(0..images).map(submit).buffer_unordered(images);

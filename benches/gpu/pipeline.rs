@@ -165,7 +165,7 @@ async fn run(stage: &Stage, images: Vec<Bytes>) -> Result<Ran> {
     let pipeline = Arc::new(Pipeline::new(store, engine.clone(), model.pixels.clone(), &limits));
     let done = Arc::new(AtomicUsize::new(0));
     let failed = Arc::new(AtomicUsize::new(0));
-    let want = Want { classes: Some(classes), top_k: TOP_K, shadow: None, embedding: false };
+    let want = Want { classes: Some(classes), top_k: TOP_K, ..Want::default() };
     let mut number = 0_usize;
     let mut until = async |time: Duration| {
         let end = Instant::now() + time;

@@ -265,7 +265,7 @@ impl Client {
         let pixels = self.pixels.index_axis(Axis(0), image);
         let Some(values) = pixels.as_slice() else { return false };
         frame.pixels_mut().copy_from_slice(values);
-        let want = Want { classes: Some(classes), top_k: TOP_K, shadow: None, embedding: false };
+        let want = Want { classes: Some(classes), top_k: TOP_K, ..Want::default() };
         let Ok(scored) = self.engine.submit(frame, want).await else { return false };
         match (scored.top.first(), expected) {
             (Some(found), Some(expected)) => (found.score - expected.score).abs() < APART,

@@ -42,7 +42,7 @@ fn submit(bencher: Bencher<'_, '_>, side: u32, max_batch: usize) {
         let _inside = runtime.enter();
         Engine::start(vec![embedder], policy, (side, side), Scorer::new(1)).expect("an engine")
     };
-    let want = Want { classes: Some(classes()), top_k: 2, shadow: None, embedding: false };
+    let want = Want { classes: Some(classes()), top_k: 2, ..Want::default() };
     bencher.counter(ItemsCount::new(IMAGES)).bench_local(|| {
         let submit = (0..IMAGES).map(async |_| {
             let frame = engine.frame().await?;

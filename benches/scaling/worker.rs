@@ -62,11 +62,9 @@ pub async fn run(orders: Orders) -> Result<()> {
         ended.cancel();
     });
     let daemon = app.daemon_with(Arc::default(), &model, engine).await?;
-    let Daemon { worker, publisher, engine, followers } = daemon;
+    let Daemon { worker, surroundings } = daemon;
     let outcome = worker.run(stop).await;
-    drop(followers);
-    publisher.close().await;
-    engine.close().await;
+    surroundings.close().await;
     Ok(outcome?)
 }
 

@@ -105,7 +105,7 @@ pub async fn embed(
         // A slot before the task: however many references there are, few are in memory.
         let slot = pipeline.slot().await;
         let (pipeline, uri) = (Arc::clone(pipeline), reference.uri.clone());
-        let want = Want { classes: None, top_k: 1, embedding: true, shadow: None };
+        let want = Want { top_k: 1, embedding: true, ..Want::default() };
         let embedding = tokio::spawn(async move { pipeline.image(&uri, want, slot).await });
         running.push_back((reference, AbortOnDropHandle::new(embedding)));
     }

@@ -39,11 +39,10 @@ impl WorkerCommand {
             daemon = app.daemon(readiness) => daemon?,
             () = stop.cancelled() => return Ok(()),
         };
-        let Daemon { worker, publisher, engine, followers } = daemon;
+        let Daemon { worker, surroundings } = daemon;
+        let engine = surroundings.engine.clone();
         let outcome = worker.run(stop).await;
-        drop(followers);
-        publisher.close().await;
-        engine.close().await;
+        surroundings.close().await;
         outcome?;
         tracing::info!(
             images = engine.stats().images(),

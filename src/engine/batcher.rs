@@ -112,7 +112,7 @@ impl Batcher {
             let images = batch.written.len();
             let forming = Forming { images, waited: batch.oldest.elapsed(), idle, draining };
             if let Some(reason) = self.policy.closes(forming) {
-                let Some((closed, next)) = self.close(batch).await else { return };
+                let Some((closed, next)) = self.close(batch, reason).await else { return };
                 batch = next;
                 self.stats.closed(reason, closed.len());
                 tracing::trace!(images = closed.len(), ?reason, "batch closed");
@@ -138,7 +138,7 @@ impl Batcher {
 
     /// Seals the batch's slab and waits for its frames that are being written; their images come
     /// along. Yields also what came meanwhile for the next batch. None if the engine was closed.
-    async fn close(&mut self, mut batch: Growing) -> Option<(Batch, Growing)> {
+    async fn close(&mut self, mut batch: Growing, reason: CloseReason) -> Option<(Batch, Growing)> {
         let mut next = Growing::default();
         self.frames.seal();
         let sealed = loop {
@@ -154,7 +154,7 @@ impl Batcher {
                 () = self.frames.settled() => {}
             }
         };
-        Some((Batch::join(batch.written, sealed, Arc::clone(&self.frames)), next))
+        Some((Batch::join(batch.written, sealed, Arc::clone(&self.frames), reason), next))
     }
 }
 

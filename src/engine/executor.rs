@@ -9,17 +9,19 @@ use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use ndarray::{Array2, ArrayView4, Axis};
 use tokio::sync::{mpsc, watch};
 
+use super::batcher::CloseReason;
 use super::{Batch, EngineStats, Image, OnFailure, Scored, SubmitError, Want, scoring};
 use crate::classes::ClassVectors;
 use crate::embed::{EmbedError, Embedder, Scores};
 use crate::error::{ImageError, ImageErrorCode};
 use crate::metrics::Stage;
 use crate::score::{ClassScore, Scorer, normalise};
+use crate::trace::{BatchFacts, BatchTrace};
 use crate::watchdog::Step;
 
 /// What a thread is given.
@@ -65,8 +67,9 @@ pub(super) fn spawn(
         .name(format!("angler-embed-{lane}"))
         .spawn(move || {
             let scoring_failed = false;
+            let (limit, trace) = (usize::MAX, None);
             let mut executor =
-                Executor { lane, embedder, size, limit: usize::MAX, scoring_failed, shared };
+                Executor { lane, embedder, size, limit, scoring_failed, trace, shared };
             let result = executor.warm();
             let ready = result.is_ok();
             // Nobody waits any more only if the start was given up.
@@ -87,6 +90,8 @@ struct Executor {
     limit: usize,
     /// Whether it has been said that the back end could not score a batch.
     scoring_failed: bool,
+    /// The span of the batch that is worked on, if a job in it is traced.
+    trace: Option<BatchTrace>,
     shared: Shared,
 }
 
@@ -130,15 +135,25 @@ impl Executor {
                 work.blocking_recv()
             };
             let outcome = match next {
-                Some(Work::Batch(Batch { images, joined, frames })) => {
+                Some(Work::Batch(Batch { images, joined, frames, closed })) => {
                     self.waited(&images);
+                    self.trace = self.begin_trace(&images, Some(closed));
                     let outcome = self.batch(images, &joined.pixels);
                     frames.recycle(joined);
                     outcome
                 }
-                Some(Work::Left(Left { images, pixels })) => self.batch(images, &pixels),
+                Some(Work::Left(Left { images, pixels })) => {
+                    self.trace = self.begin_trace(&images, None);
+                    self.batch(images, &pixels)
+                }
                 None => return,
             };
+            if let (Some(trace), ControlFlow::Break(Gone { reason, .. })) =
+                (&mut self.trace, &outcome)
+            {
+                trace.broke(reason);
+            }
+            self.trace = None;
             if let ControlFlow::Break(Gone { reason, left }) = outcome {
                 return self.leave(reason, left);
             }
@@ -185,21 +200,29 @@ impl Executor {
             let first = (count / 2).div_ceil(self.limit) * self.limit;
             return self.parts(images, pixels, first);
         }
-        let started = Instant::now();
+        let (started, began) = (Instant::now(), SystemTime::now());
         let ran = match self.classify(&images, pixels) {
             Some(scores) => scores.map(Ran::Scored),
             None => self.embed(pixels, count).map(Ran::Embedded),
         };
         self.shared.stats.embedded(started.elapsed(), count);
+        if let Some(trace) = &self.trace {
+            let name = if matches!(ran, Ok(Ran::Scored(_))) { "embed and score" } else { "embed" };
+            let failed = ran.as_ref().err().map(ToString::to_string);
+            trace.step(name, began, count, failed.as_deref());
+        }
         match ran {
             Ok(Ran::Scored(scores)) => {
                 scoring::answer(images, scores);
                 ControlFlow::Continue(())
             }
             Ok(Ran::Embedded(embeddings)) => {
-                let clock = self.shared.stats.metrics.clock();
+                let (clock, began) = (self.shared.stats.metrics.clock(), SystemTime::now());
                 answer(images, embeddings, &self.shared.scorer);
                 self.shared.stats.metrics.step_of(Stage::Score, clock.spent(), count);
+                if let Some(trace) = &self.trace {
+                    trace.step("score", began, count, None);
+                }
                 ControlFlow::Continue(())
             }
             Err(EmbedError::OutOfMemory(reason)) if count > 1 => {
@@ -213,6 +236,14 @@ impl Executor {
             }
             Err(EmbedError::Batch(reason)) => self.bisect(images, pixels, &reason),
         }
+    }
+
+    /// The batch's span, if a job in it is traced.
+    fn begin_trace(&self, images: &[Image], closed: Option<CloseReason>) -> Option<BatchTrace> {
+        let jobs = images.iter().filter_map(|image| image.want.trace.as_ref());
+        let backend = self.embedder.backend();
+        let facts = BatchFacts { images: images.len(), closed, backend, session: self.lane };
+        BatchTrace::begin(jobs, facts)
     }
 
     /// Their wait for this batch is over.

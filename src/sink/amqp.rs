@@ -48,6 +48,7 @@ impl ResultSink for AmqpSink {
             .to_json()
             .map_err(|e| FatalError::Sink(format!("a result cannot be written as JSON: {e}")))?;
         self.metrics.result(body.len());
+        let run = result.run.as_ref().map(|run| &run.id);
         let correlation = reply.correlation_id.as_deref().unwrap_or(&result.id);
         let mut notes: Vec<(&str, &str)> = Vec::new();
         if let Some(traceparent) = &reply.traceparent {
@@ -66,6 +67,7 @@ impl ResultSink for AmqpSink {
             Some(queue) if !self.allowed(queue) => {
                 tracing::warn!(
                     job = result.id,
+                    run,
                     queue,
                     "reply_to is not allowed (amqp.reply_to_allow)"
                 );
@@ -77,7 +79,7 @@ impl ResultSink for AmqpSink {
                 {
                     return Ok(());
                 }
-                tracing::warn!(job = result.id, queue, "reply_to names no queue");
+                tracing::warn!(job = result.id, run, queue, "reply_to names no queue");
                 notes.push(("angler-reply-to-unroutable", queue));
             }
             None => {}

@@ -235,14 +235,18 @@ impl AmqpSource {
                 Err(Unworkable { id: job.id, run: job.run, failure: given_up(runs) })
             });
         }
-        Delivery { job, attempt, suspect, reply, settle: Box::new(message), lost }
+        let queue = match suspect {
+            true => self.topology.suspects_queue(),
+            false => self.topology.jobs.clone(),
+        };
+        Delivery { job, queue, attempt, suspect, reply, settle: Box::new(message), lost }
     }
 
     /// Moves a redelivered message to the queue of suspects, beside the way of the others.
     fn set_apart(&mut self, message: Message, lost: CancellationToken) {
         while self.moving.try_join_next().is_some() {}
         tracing::info!(
-            id = message.properties.message_id().as_ref().map(ShortString::as_str),
+            job = message.properties.message_id().as_ref().map(ShortString::as_str),
             queue = self.topology.suspects_queue(),
             "delivered again: a worker ended while it held this job, which now runs apart"
         );

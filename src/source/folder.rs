@@ -49,6 +49,7 @@ impl JobSource for FolderSource {
         self.next += 1;
         Ok(Some(Delivery {
             job: Ok(job),
+            queue: "folder".to_owned(),
             attempt: 1,
             suspect: false,
             reply: Reply::default(),

@@ -150,6 +150,7 @@ impl MemorySource {
         });
         Delivery {
             job,
+            queue: "memory".to_owned(),
             attempt: message.attempt,
             suspect: message.suspect,
             reply: Reply::default(),

@@ -10,12 +10,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Core;
+use super::underway::Underway;
 use crate::classes::ClassVectors;
 use crate::classes::Opinion;
 use crate::engine::{Scored, SubmitError, Want};
 use crate::error::{Failure, FailureCode, FatalError, ImageError, ImageErrorCode, JobError};
 use crate::job::{Embedding, ImageEntry, ImageRef, Job, JobResult, Outcome, Provenance, Verdict};
-use crate::metrics::{JobInFlight, Stage};
+use crate::metrics::Stage;
 use crate::outage::Outage;
 use crate::source::{Delivery, Settlement};
 
@@ -47,22 +48,22 @@ impl Core {
         jobs: &mut JoinSet<Result<(), FatalError>>,
     ) {
         let core = Arc::clone(self);
-        let in_flight = core.metrics().job();
+        let underway = Underway::begin(&core, &delivery);
         // Class vectors that are not in memory are loaded beside the way: the jobs behind this one
         // do not wait for them.
         if core.must_load(&delivery) {
             let stop = stop.clone();
             jobs.spawn(async move {
                 let _slot = slot;
-                let admitted = core.admit(&delivery, &stop).await;
-                core.finish(delivery, admitted, in_flight).await
+                let admitted = core.admit(&delivery, &stop, &underway).await;
+                core.finish(delivery, admitted, underway).await
             });
             return;
         }
-        let admitted = core.admit(&delivery, stop).await;
+        let admitted = core.admit(&delivery, stop, &underway).await;
         jobs.spawn(async move {
             let _slot = slot;
-            core.finish(delivery, admitted, in_flight).await
+            core.finish(delivery, admitted, underway).await
         });
     }
 
@@ -76,7 +77,9 @@ impl Core {
         &self,
         delivery: &Delivery,
         stop: &CancellationToken,
+        underway: &Underway,
     ) -> Result<Admitted, JobError> {
+        let _step = underway.step("admit");
         let job = delivery.job.as_ref().map_err(|unworkable| unworkable.failure.clone())?;
         let classes = tokio::select! {
             biased;
@@ -103,6 +106,7 @@ impl Core {
                 top_k: job.top_k.max(2),
                 embedding: job.embeddings,
                 shadow: candidate.clone(),
+                trace: underway.sent_trace(),
             };
             images.push(self.start_image(uri.clone(), want, slot));
         }
@@ -149,19 +153,17 @@ impl Core {
         &self,
         delivery: Delivery,
         admitted: Result<Admitted, JobError>,
-        in_flight: JobInFlight,
+        underway: Underway,
     ) -> Result<(), FatalError> {
         let lost = delivery.lost.clone();
-        let id = match &delivery.job {
-            Ok(job) => job.id.clone(),
-            Err(unworkable) => unworkable.id.clone(),
-        };
+        let Underway { id, run, .. } = &underway;
         tokio::select! {
             biased;
-            done = self.conclude(delivery, admitted, &in_flight) => done,
+            done = self.conclude(delivery, admitted, &underway) => done,
             () = lost.cancelled() => {
-                in_flight.lost();
-                tracing::info!(job = id, "let go: its connection is gone, so it is delivered again");
+                underway.lost();
+                let trace_id = underway.trace_id();
+                tracing::info!(job = id, run, trace_id, "let go: its connection is gone, so it is delivered again");
                 Ok(())
             }
         }
@@ -171,11 +173,11 @@ impl Core {
         &self,
         delivery: Delivery,
         admitted: Result<Admitted, JobError>,
-        in_flight: &JobInFlight,
+        underway: &Underway,
     ) -> Result<(), FatalError> {
         let Delivery { mut job, attempt, reply, settle, .. } = delivery;
         let outcome = match (&mut job, admitted) {
-            (Ok(job), Ok(admitted)) => self.collect(job, admitted, attempt).await,
+            (Ok(job), Ok(admitted)) => self.collect(job, admitted, attempt, underway).await,
             (_, Err(error)) => Err(error),
             (Err(unworkable), Ok(_)) => Err(unworkable.failure.clone().into()),
         };
@@ -186,9 +188,20 @@ impl Core {
         let (outcome, settlement) = match self.judge(outcome, attempt) {
             Ok(terminal) => terminal,
             Err((settlement, reason)) => {
-                tracing::info!(job = id, attempt, ?settlement, "job not finished: {reason}");
+                let (run, trace_id) = (&underway.run, underway.trace_id());
+                tracing::info!(
+                    job = id,
+                    run,
+                    trace_id,
+                    attempt,
+                    ?settlement,
+                    "job not finished: {reason}"
+                );
+                if matches!(settlement, Settlement::Retry { .. }) {
+                    underway.failed("transient", &reason);
+                }
                 settle.settle(settlement.clone()).await;
-                in_flight.settled(&settlement, false);
+                underway.settled(&settlement, false);
                 return Ok(());
             }
         };
@@ -199,20 +212,26 @@ impl Core {
         let failed = matches!(outcome, Outcome::Failed { .. });
         if let Outcome::Failed { error } = &outcome {
             self.metrics().job_failed(&id, error);
+            underway.failed(error.code.as_str(), &error.message);
+            let (run, trace_id) = (&underway.run, underway.trace_id());
             // Of a run that was cancelled there may be thousands; that it was is said once.
             match error.code {
-                FailureCode::Cancelled => tracing::debug!(job = id, "{error}"),
-                code => tracing::warn!(job = id, attempt, %code, "job failed: {error}"),
+                FailureCode::Cancelled => tracing::debug!(job = id, run, trace_id, "{error}"),
+                code => {
+                    tracing::warn!(job = id, run, trace_id, attempt, %code, "job failed: {error}");
+                }
             }
         }
         let finished_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
         let worker = self.options.name.clone();
         let result = JobResult { id, outcome, run, attempt, worker, finished_at };
         let clock = self.metrics().clock();
+        let step = underway.step("publish");
         self.sink.publish(&result, &reply).await?;
         self.metrics().step_of(Stage::Publish, clock.spent(), images);
+        drop(step);
         settle.settle(settlement.clone()).await;
-        in_flight.settled(&settlement, failed);
+        underway.settled(&settlement, failed);
         Ok(())
     }
 
@@ -222,10 +241,12 @@ impl Core {
         job: &mut Job,
         admitted: Admitted,
         attempt: u32,
+        underway: &Underway,
     ) -> Result<Outcome, JobError> {
+        let _step = underway.step("collect");
         let Admitted { classes, candidate, deadline, images } = admitted;
         let mut entries = Vec::with_capacity(images.len());
-        let mut transient = Vec::new();
+        let (mut failed, mut transient) = (0, Vec::new());
         let mut images = images.into_iter();
         for ImageRef { uri, id } in std::mem::take(&mut job.images) {
             let outcome = match images.next() {
@@ -245,7 +266,10 @@ impl Core {
                     Verdict::Labelled(classified)
                 }
                 Err(error) => {
-                    tracing::debug!(job = job.id, uri, code = %error.code, "image failed: {error}");
+                    failed += 1;
+                    let (run, trace_id) = (&underway.run, underway.trace_id());
+                    let code = &error.code;
+                    tracing::debug!(job = job.id, run, trace_id, uri, %code, "image failed: {error}");
                     self.metrics().image_failed(&job.id, &uri, &error);
                     if error.is_transient() {
                         transient.push(error.message.clone());
@@ -255,6 +279,7 @@ impl Core {
             };
             entries.push(ImageEntry { uri, id, verdict });
         }
+        underway.scored(&classes.id(), failed);
         // The store may be back later. After the last attempt, what can be said is said, unless
         // that is nothing at all.
         if let Some(error) = transient.first() {

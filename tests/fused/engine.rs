@@ -107,7 +107,7 @@ fn version(name: &str, order: [&str; 3]) -> Arc<ClassVectors> {
 }
 
 fn want(classes: &Arc<ClassVectors>, top_k: usize) -> Want {
-    Want { classes: Some(Arc::clone(classes)), top_k, shadow: None, embedding: false }
+    Want { classes: Some(Arc::clone(classes)), top_k, ..Want::default() }
 }
 
 /// The label of the best class.
@@ -199,7 +199,7 @@ async fn what_the_back_end_cannot_score_the_host_scores() {
     }
     assert_eq!(rig.calls(), (1, 2, 1));
     // Only embeddings are wanted: nothing to score.
-    let bare = Want { classes: None, top_k: 0, shadow: None, embedding: true };
+    let bare = Want { embedding: true, ..Want::default() };
     let scored = rig.batch(vec![(GREEN, bare); 4]).await;
     assert!(scored.iter().all(|s| s.as_ref().unwrap().embedding.is_some()));
     assert_eq!(rig.calls(), (2, 2, 1));

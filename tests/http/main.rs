@@ -1,14 +1,16 @@
 //! What a worker says over HTTP, of real work: `/metrics` beside docs/metrics.md and under promtool,
-//! `/status`, and the page at `/` in a real browser.
+//! `/status`, and the page at `/` in a real browser; and what it sends to a collector of traces.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // In tests a panic is the report.
 
 #[path = "../support/mod.rs"]
 mod support;
 
+mod collector;
 mod exposed;
 mod metrics;
 mod page;
+mod traces;
 
 use serde_json::{Value, json};
 use support::{Broker, Bucket, Client, Results, Setup, Worker, http_get, tiny};

@@ -292,6 +292,7 @@ impl Default for Rig {
                 },
                 shadow: None,
                 cancellations: None,
+                traces: None,
             },
             catalog: fixed(None),
             sink: TestSink::default(),

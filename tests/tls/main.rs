@@ -8,6 +8,7 @@ mod support;
 
 mod both;
 mod broker;
+mod collector;
 mod pki;
 mod servers;
 mod store;

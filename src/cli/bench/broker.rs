@@ -40,7 +40,7 @@ pub(super) async fn measure(
     let connection = connect(&settings.amqp_options("bench"), "bench").await?;
     settings.topology().declare(&connection).await?;
     let daemon = Box::pin(stage.app.daemon(Arc::new(Readiness::default()))).await?;
-    let Daemon { worker, publisher, engine, followers } = daemon;
+    let Daemon { worker, surroundings } = daemon;
     let drain = CancellationToken::new();
     let mut working = tokio::spawn(worker.run(drain.clone()));
     let outcome = tokio::select! {
@@ -56,9 +56,7 @@ pub(super) async fn measure(
     if !working.is_finished() && timeout(SILENCE, &mut working).await.is_err() {
         working.abort();
     }
-    drop(followers);
-    publisher.close().await;
-    engine.close().await;
+    surroundings.close().await;
     // A broker that is gone has closed it already.
     let _ = connection.close(200, "done".into()).await;
     outcome

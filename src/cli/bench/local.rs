@@ -43,7 +43,7 @@ async fn warm(
 ) -> Result<()> {
     let image = |uri: String| async move {
         let classes = Some(Arc::clone(classes));
-        let want = Want { classes, top_k: TOP_K, shadow: None, embedding: false };
+        let want = Want { classes, top_k: TOP_K, ..Want::default() };
         let slot = pipeline.slot().await;
         pipeline.image(&uri, want, slot).await
     };

@@ -149,7 +149,7 @@ async fn images(app: &App, folder: &str, scorer: &mut Scorer<'_>) -> Result<()> 
         Some(first.to_owned())
     };
     let mut batch = Vec::with_capacity(BATCH);
-    let want = Want { classes: None, top_k: 1, embedding: true, shadow: None };
+    let want = Want { top_k: 1, embedding: true, ..Want::default() };
     let outcome = each_image(&pipeline, &uris, want, |index, scored| {
         let embedding = scored.map(|scored| scored.embedding.unwrap_or_default());
         batch.push(Kept { uri: uris[index].clone(), id: None, backend: None, embedding });

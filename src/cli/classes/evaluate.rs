@@ -90,8 +90,7 @@ impl EvaluateCommand {
         let want = Want {
             classes: Some(Arc::clone(&classes)),
             top_k: self.top_k.max(2),
-            embedding: false,
-            shadow: None,
+            ..Want::default()
         };
         let (truths, uris): (Vec<String>, Vec<String>) =
             references.into_iter().map(|Reference { label, uri }| (label, uri)).unzip();

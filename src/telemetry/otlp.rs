@@ -1,0 +1,225 @@
+//! Spans to an OpenTelemetry collector: OTLP as protobuf over HTTP
+//! (<https://opentelemetry.io/docs/specs/otlp/#otlphttp>).
+//!
+//! A thread of the SDK takes spans from a bounded queue; who ends a span never waits, and what the
+//! queue cannot hold is dropped. A collector that is away costs one warning, and one line when it is
+//! back.
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use async_trait::async_trait;
+use bytes::Bytes;
+use hyper_rustls::HttpsConnectorBuilder;
+use opentelemetry::global::BoxedTracer;
+use opentelemetry::trace::{Link, SpanKind, TraceId, TracerProvider};
+use opentelemetry::{Context, InstrumentationScope, KeyValue};
+use opentelemetry_http::hyper::HyperClient;
+use opentelemetry_http::{HttpClient, HttpError, Request, Response};
+use opentelemetry_otlp::{SpanExporter, WithExportConfig, WithHttpConfig};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::trace::{
+    BatchSpanProcessor, Sampler, SamplingResult, SdkTracerProvider, ShouldSample,
+};
+use tokio::runtime::Handle;
+
+use crate::config::{TelemetrySettings, redacted};
+use crate::tls::COLLECTOR;
+use crate::trace::Traces;
+
+/// One request's time, tries included. What is to be sent at the end of the process has as much.
+const DEADLINE: Duration = Duration::from_secs(3);
+/// Where a collector takes spans, below its address.
+const PATH: &str = "/v1/traces";
+
+/// What tells this process from others.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// The worker's name.
+    pub worker: String,
+    /// Fingerprint of its model.
+    pub model: String,
+}
+
+/// The way to a collector.
+pub struct Otlp {
+    provider: SdkTracerProvider,
+    traces: Arc<Traces>,
+}
+
+impl Otlp {
+    /// Starts to send by these settings; none if they name no collector. Must be called inside a
+    /// runtime, which makes the requests. Nothing is asked of the collector yet.
+    ///
+    /// # Errors
+    /// If `telemetry.ca_file` cannot be used, or the environment's `OTEL_EXPORTER_OTLP_*` ask for
+    /// what is not there (a compression).
+    pub fn start(settings: &TelemetrySettings, identity: &Identity) -> Result<Option<Self>> {
+        if settings.otlp_endpoint.is_empty() {
+            return Ok(None);
+        }
+        let exporter = SpanExporter::builder()
+            .with_http()
+            .with_http_client(Collector::new(settings)?)
+            .with_endpoint(address(&settings.otlp_endpoint))
+            .with_timeout(DEADLINE)
+            .build()
+            .context("telemetry.otlp_endpoint")?;
+        let resource = Resource::builder()
+            .with_service_name(settings.service_name.clone())
+            .with_attributes([
+                KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
+                KeyValue::new("service.instance.id", identity.worker.clone()),
+                KeyValue::new("angler.model", identity.model.clone()),
+            ])
+            .build();
+        let provider = SdkTracerProvider::builder()
+            .with_span_processor(BatchSpanProcessor::builder(exporter).build())
+            .with_sampler(Sampler::parent_based(Roots(Sampler::TraceIdRatioBased(
+                settings.otlp_sample,
+            ))))
+            .with_resource(resource)
+            .build();
+        let scope =
+            InstrumentationScope::builder("angler").with_version(env!("CARGO_PKG_VERSION")).build();
+        let tracer = BoxedTracer::new(Box::new(provider.tracer_with_scope(scope)));
+        let traces = Arc::new(Traces::new(tracer));
+        tracing::info!(
+            collector = redacted(&address(&settings.otlp_endpoint)),
+            sample = settings.otlp_sample,
+            "sending traces"
+        );
+        Ok(Some(Self { provider, traces }))
+    }
+
+    /// Makes the spans that are sent.
+    pub fn traces(&self) -> Arc<Traces> {
+        Arc::clone(&self.traces)
+    }
+
+    /// Sends what is left, for a few seconds at most.
+    pub async fn close(self) {
+        let provider = self.provider;
+        let closing = tokio::task::spawn_blocking(move || provider.shutdown_with_timeout(DEADLINE));
+        // A collector that does not answer was warned of.
+        let _ = closing.await;
+    }
+}
+
+/// Where spans go: the address of the settings is the collector's, as `OTEL_EXPORTER_OTLP_ENDPOINT`
+/// is, or already that of its traces.
+fn address(endpoint: &str) -> String {
+    let endpoint = endpoint.trim_end_matches('/');
+    if endpoint.ends_with(PATH) { endpoint.to_owned() } else { format!("{endpoint}{PATH}") }
+}
+
+/// Which spans without a parent are sent: a batch's if one of its jobs' is, others by chance.
+#[derive(Debug, Clone)]
+struct Roots(Sampler);
+
+impl ShouldSample for Roots {
+    fn should_sample(
+        &self,
+        parent: Option<&Context>,
+        trace: TraceId,
+        name: &str,
+        kind: &SpanKind,
+        attributes: &[KeyValue],
+        links: &[Link],
+    ) -> SamplingResult {
+        let linked = links.iter().any(|link| link.span_context.is_sampled());
+        let sampler = if linked { &Sampler::AlwaysOn } else { &self.0 };
+        sampler.should_sample(parent, trace, name, kind, attributes, links)
+    }
+}
+
+/// Makes the requests, and says once when they begin to fail.
+struct Collector {
+    client: HyperClient<hyper_rustls::HttpsConnector<HttpConnector>>,
+    /// The thread that exports has no runtime of its own.
+    runtime: Handle,
+    address: String,
+    failing: AtomicBool,
+}
+
+type HttpConnector = hyper_util::client::legacy::connect::HttpConnector;
+
+impl Collector {
+    fn new(settings: &TelemetrySettings) -> Result<Self> {
+        let ca_file = (!settings.ca_file.is_empty()).then_some(settings.ca_file.as_ref());
+        let tls = COLLECTOR.client_config(ca_file, None)?;
+        let connector =
+            HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_http1();
+        Ok(Self {
+            client: HyperClient::new(connector.build(), DEADLINE, None),
+            runtime: Handle::current(),
+            address: redacted(&address(&settings.otlp_endpoint)),
+            failing: AtomicBool::new(false),
+        })
+    }
+
+    fn failed(&self, reason: &str) {
+        if !self.failing.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                collector = self.address,
+                "traces cannot be sent and are dropped meanwhile: {reason}"
+            );
+        }
+    }
+}
+
+impl fmt::Debug for Collector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Collector").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl HttpClient for Collector {
+    async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+        let client = self.client.clone();
+        let sent = self.runtime.spawn(async move { client.send_bytes(request).await });
+        let answer = sent.await?.inspect_err(|error| self.failed(&reason(error.as_ref())))?;
+        if !answer.status().is_success() {
+            self.failed(&format!("it answers {}", answer.status()));
+        } else if self.failing.swap(false, Ordering::Relaxed) {
+            tracing::info!(collector = self.address, "traces are sent again");
+        }
+        Ok(answer)
+    }
+}
+
+/// The last cause says most: the first is "client error (Connect)".
+fn reason(error: &(dyn Error + 'static)) -> String {
+    if error.is::<tokio::time::error::Elapsed>() {
+        return format!("it did not answer within {} s", DEADLINE.as_secs());
+    }
+    COLLECTOR.explain(error).unwrap_or_else(|| {
+        let mut last = error;
+        while let Some(cause) = last.source() {
+            last = cause;
+        }
+        last.to_string()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_the_collectors_or_that_of_its_traces() {
+        for (given, wanted) in [
+            ("http://c:4318", "http://c:4318/v1/traces"),
+            ("http://c:4318/", "http://c:4318/v1/traces"),
+            ("https://c/otlp", "https://c/otlp/v1/traces"),
+            ("https://c/v1/traces", "https://c/v1/traces"),
+        ] {
+            assert_eq!(address(given), wanted);
+        }
+    }
+}

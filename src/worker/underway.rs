@@ -1,0 +1,84 @@
+//! A job that is underway, as others see it: a number of the metrics, a span, fields of log lines.
+
+use super::Core;
+use crate::metrics::JobInFlight;
+use crate::source::{Delivery, Settlement};
+use crate::trace::{JobTrace, Step};
+
+/// From a job's receipt to its settlement, however it ends.
+pub(super) struct Underway {
+    /// The job's id.
+    pub id: String,
+    /// Its run's, if it belongs to one.
+    pub run: Option<String>,
+    in_flight: JobInFlight,
+    trace: Option<JobTrace>,
+}
+
+impl Underway {
+    pub fn begin(core: &Core, delivery: &Delivery) -> Self {
+        let (id, run) = match &delivery.job {
+            Ok(job) => (&job.id, &job.run),
+            Err(unworkable) => (&unworkable.id, &unworkable.run),
+        };
+        Self {
+            id: id.clone(),
+            run: run.as_ref().map(|run| run.id.clone()),
+            in_flight: core.metrics().job(),
+            trace: core.options.traces.as_ref().map(|traces| traces.job(delivery)),
+        }
+    }
+
+    /// The trace that the job belongs to, for log lines.
+    pub fn trace_id(&self) -> Option<String> {
+        self.trace.as_ref().map(JobTrace::trace_id)
+    }
+
+    /// What the job's batches are linked to.
+    pub fn sent_trace(&self) -> Option<JobTrace> {
+        self.trace.clone().filter(JobTrace::is_sampled)
+    }
+
+    /// A part of its course begins, and ends when the guard is dropped.
+    pub fn step(&self, name: &'static str) -> Option<Step> {
+        self.trace.as_ref().map(|trace| trace.step(name))
+    }
+
+    /// It was scored against a version, and so many of its images failed.
+    pub fn scored(&self, classes: &str, failed: usize) {
+        if let Some(trace) = &self.trace {
+            trace.scored(classes, failed);
+        }
+    }
+
+    /// It, or this attempt at it, failed.
+    pub fn failed(&self, code: &'static str, reason: &str) {
+        if let Some(trace) = &self.trace {
+            trace.failed(code, reason);
+        }
+    }
+
+    /// Its delivery was settled so.
+    pub fn settled(&self, settlement: &Settlement, failed: bool) {
+        self.end(self.in_flight.settled(settlement, failed));
+    }
+
+    /// Its delivery is gone with its connection.
+    pub fn lost(&self) {
+        self.end(self.in_flight.lost());
+    }
+
+    fn end(&self, outcome: &'static str) {
+        if let Some(trace) = &self.trace {
+            trace.end(outcome);
+        }
+    }
+}
+
+impl Drop for Underway {
+    /// A drain that took too long, or an engine that broke: the delivery comes back. Of a span that
+    /// has ended nothing changes.
+    fn drop(&mut self) {
+        self.end("abandoned");
+    }
+}
