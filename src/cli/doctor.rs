@@ -6,6 +6,7 @@
 mod backends;
 mod broker;
 mod classes;
+mod collector;
 mod devices;
 mod listen;
 mod model;
@@ -38,7 +39,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// declare. The store: reached, credentials, buckets of s3.allowed_buckets and classes.root, conditional
 /// writes. The model: its folder; each back end that is here, with one image, and whether they agree. Class
 /// sets: what is active loads and fits the model; classes.preload and classes.shadow are there. Settings that
-/// contradict each other; whether http.listen is free.
+/// contradict each other; whether http.listen is free, and whether a collector of traces takes any.
 ///
 /// Each question has 10 s, loading a model or a class set 60 s. Exit codes: 0 no problem (warnings do not
 /// count), 1 a problem, 2 wrong usage or settings that cannot be used, which is told as a problem.
@@ -66,11 +67,12 @@ impl Doctor {
             (folder, back_ends, sets)
         });
         let listen = listen::check(&settings.http.listen);
-        let (broker, store, (folder, back_ends, sets), listen) =
-            tokio::join!(broker, store, model, listen);
+        let collector = collector::check(&settings.telemetry);
+        let (broker, store, (folder, back_ends, sets), listen, collector) =
+            tokio::join!(broker, store, model, listen, collector);
         let mut report = Report::default();
         let mut checks = settings::check(settings, file);
-        checks.push(listen);
+        checks.extend([listen, collector]);
         report.add("settings", checks);
         report.add("broker", broker);
         report.add("store", store);

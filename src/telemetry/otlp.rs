@@ -7,8 +7,7 @@
 
 use std::error::Error;
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -23,7 +22,7 @@ use opentelemetry_http::{HttpClient, HttpError, Request, Response};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig, WithHttpConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{
-    BatchSpanProcessor, Sampler, SamplingResult, SdkTracerProvider, ShouldSample,
+    BatchSpanProcessor, Sampler, SamplingResult, SdkTracerProvider, ShouldSample, SpanExporter as _,
 };
 use tokio::runtime::Handle;
 
@@ -62,13 +61,7 @@ impl Otlp {
         if settings.otlp_endpoint.is_empty() {
             return Ok(None);
         }
-        let exporter = SpanExporter::builder()
-            .with_http()
-            .with_http_client(Collector::new(settings)?)
-            .with_endpoint(address(&settings.otlp_endpoint))
-            .with_timeout(DEADLINE)
-            .build()
-            .context("telemetry.otlp_endpoint")?;
+        let (exporter, _) = exporter(settings)?;
         let resource = Resource::builder()
             .with_service_name(settings.service_name.clone())
             .with_attributes([
@@ -110,6 +103,36 @@ impl Otlp {
     }
 }
 
+/// Asks the collector to take no spans at all, as it would be asked to take some.
+///
+/// # Errors
+/// A sentence that says what is wrong.
+pub async fn ask(settings: &TelemetrySettings) -> Result<(), String> {
+    let (exporter, state) = exporter(settings).map_err(|e| format!("{e:#}"))?;
+    let runtime = Handle::current();
+    // Between tries it blocks.
+    let asked =
+        tokio::task::spawn_blocking(move || runtime.block_on(exporter.export(Vec::new()))).await;
+    match asked {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(state.reason().unwrap_or_else(|| error.to_string())),
+        Err(panic) => Err(panic.to_string()),
+    }
+}
+
+fn exporter(settings: &TelemetrySettings) -> Result<(SpanExporter, Arc<State>)> {
+    let collector = Collector::new(settings)?;
+    let state = Arc::clone(&collector.state);
+    let exporter = SpanExporter::builder()
+        .with_http()
+        .with_http_client(collector)
+        .with_endpoint(address(&settings.otlp_endpoint))
+        .with_timeout(DEADLINE)
+        .build()
+        .context("telemetry.otlp_endpoint")?;
+    Ok((exporter, state))
+}
+
 /// Where spans go: the address of the settings is the collector's, as `OTEL_EXPORTER_OTLP_ENDPOINT`
 /// is, or already that of its traces.
 fn address(endpoint: &str) -> String {
@@ -142,8 +165,40 @@ struct Collector {
     client: HyperClient<hyper_rustls::HttpsConnector<HttpConnector>>,
     /// The thread that exports has no runtime of its own.
     runtime: Handle,
+    state: Arc<State>,
+}
+
+/// Whether requests fail, and why they began to.
+struct State {
     address: String,
-    failing: AtomicBool,
+    failing: Mutex<Option<String>>,
+}
+
+impl State {
+    fn reason(&self) -> Option<String> {
+        self.failing().clone()
+    }
+
+    fn failed(&self, reason: &str) {
+        let mut failing = self.failing();
+        if failing.is_none() {
+            *failing = Some(reason.to_owned());
+            tracing::warn!(
+                collector = self.address,
+                "traces cannot be sent and are dropped meanwhile: {reason}"
+            );
+        }
+    }
+
+    fn succeeded(&self) {
+        if self.failing().take().is_some() {
+            tracing::info!(collector = self.address, "traces are sent again");
+        }
+    }
+
+    fn failing(&self) -> MutexGuard<'_, Option<String>> {
+        self.failing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 type HttpConnector = hyper_util::client::legacy::connect::HttpConnector;
@@ -157,24 +212,17 @@ impl Collector {
         Ok(Self {
             client: HyperClient::new(connector.build(), DEADLINE, None),
             runtime: Handle::current(),
-            address: redacted(&address(&settings.otlp_endpoint)),
-            failing: AtomicBool::new(false),
+            state: Arc::new(State {
+                address: redacted(&address(&settings.otlp_endpoint)),
+                failing: Mutex::default(),
+            }),
         })
-    }
-
-    fn failed(&self, reason: &str) {
-        if !self.failing.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                collector = self.address,
-                "traces cannot be sent and are dropped meanwhile: {reason}"
-            );
-        }
     }
 }
 
 impl fmt::Debug for Collector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Collector").field("address", &self.address).finish_non_exhaustive()
+        f.debug_struct("Collector").field("address", &self.state.address).finish_non_exhaustive()
     }
 }
 
@@ -183,11 +231,11 @@ impl HttpClient for Collector {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
         let client = self.client.clone();
         let sent = self.runtime.spawn(async move { client.send_bytes(request).await });
-        let answer = sent.await?.inspect_err(|error| self.failed(&reason(error.as_ref())))?;
-        if !answer.status().is_success() {
-            self.failed(&format!("it answers {}", answer.status()));
-        } else if self.failing.swap(false, Ordering::Relaxed) {
-            tracing::info!(collector = self.address, "traces are sent again");
+        let answer = sent.await?.inspect_err(|e| self.state.failed(&reason(e.as_ref())))?;
+        if answer.status().is_success() {
+            self.state.succeeded();
+        } else {
+            self.state.failed(&format!("it answers {}", answer.status()));
         }
         Ok(answer)
     }

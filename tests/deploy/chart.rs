@@ -109,6 +109,27 @@ fn check(documents: &[Value]) {
     }
 }
 
+#[test]
+fn a_collector_of_traces_is_let_through() {
+    for (endpoint, port) in [
+        ("http://collector:4318", Some(4318)),
+        ("https://user:word@collector/otlp", Some(443)),
+        ("http://[::1]:80", Some(80)),
+        ("", None),
+    ] {
+        let change = json!({"settings": {"telemetry": {"otlp_endpoint": endpoint}}});
+        let (documents, findings) = render(&[], &change);
+        assert_eq!(findings, "");
+        check(&documents);
+        let ports = &kind(&documents, "NetworkPolicy").unwrap()["spec"]["egress"][1]["ports"];
+        let ports: Vec<i64> =
+            ports.as_array().unwrap().iter().map(|p| p["port"].as_i64().unwrap()).collect();
+        let mut wanted = vec![5671, 5672, 443];
+        wanted.extend(port.filter(|port| !wanted.contains(port)));
+        assert_eq!(ports, wanted, "{endpoint}");
+    }
+}
+
 /// Every option that adds or changes an object.
 fn everything() -> Value {
     json!({

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::collector::{Collector, Mood, Span};
 use super::{SET, World};
-use crate::support::{Client, DEADLINE, eventually};
+use crate::support::{Client, DEADLINE, Setup, eventually};
 
 /// The producer's trace and the span in it that published the job.
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -205,6 +205,20 @@ async fn a_collector_that_is_away_refuses_or_hangs_costs_one_warning_and_no_job(
     worker.signal("TERM");
     assert!(worker.ended().await.success(), "{}", worker.log());
 
+    // The doctor asks as the worker does; it is no reason not to start.
+    let asks = |setup: &Setup| {
+        let (_, out, _) = setup.run(&["doctor", "--json"]);
+        let report: Value = serde_json::from_str(&out).unwrap();
+        let checks = report["checks"].as_array().unwrap().clone();
+        checks.into_iter().find(|check| check["name"] == "telemetry.otlp_endpoint").unwrap()
+    };
+    let found = asks(&world.setup);
+    assert_eq!(found["state"], "warning", "{found}");
+    assert!(found["message"].as_str().unwrap().contains("did not answer within 3 s"), "{found}");
+    hanging.turns(Mood::Takes);
+    let found = asks(&world.setup);
+    assert_eq!(found["state"], "ok", "{found}");
+
     // Nobody listens.
     let (nobody, port) = {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -250,7 +264,7 @@ async fn a_part_of_the_jobs_is_traced_and_of_those_whose_producers_decide_what_t
 
 #[test]
 fn a_worker_that_cannot_start_says_so_as_json_and_exits_as_ever() {
-    let mut setup = crate::support::Setup::default();
+    let mut setup = Setup::default();
     setup.set("log.format", "json").set("http.listen", "").set("model.path", "/nowhere");
     let (code, _, log) = setup.run(&["worker"]);
     let [line] = log.lines().collect::<Vec<_>>()[..] else { panic!("{log}") };

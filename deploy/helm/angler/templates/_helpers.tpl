@@ -54,6 +54,19 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- add (.Values.settings.shutdown.grace_seconds | int) (.Values.terminationMarginSeconds | int) -}}
 {{- end -}}
 
+{{- /* The ports that workers connect to, as a JSON list: those of networkPolicy and the one of the collector of traces. */ -}}
+{{- define "angler.egressPorts" -}}
+{{- $ports := list -}}
+{{- range .Values.networkPolicy.egressPorts -}}{{- $ports = append $ports (int .) -}}{{- end -}}
+{{- $telemetry := .Values.settings.telemetry | default dict -}}
+{{- with $telemetry.otlp_endpoint -}}
+{{- $url := urlParse . -}}
+{{- $port := ternary 443 80 (eq $url.scheme "https") -}}
+{{- $ports = append $ports (regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default $port | int) -}}
+{{- end -}}
+{{- toJson (uniq $ports) -}}
+{{- end -}}
+
 {{- /* The queues whose jobs need workers, as a JSON list. amqp.jobs_queue may be several, with weights: "a:8,b:1". */ -}}
 {{- define "angler.queues" -}}
 {{- if .Values.keda.queues -}}
