@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::collector::{Collector, Mood, Span};
 use super::{SET, World};
-use crate::support::{Client, DEADLINE, Setup, eventually};
+use crate::support::{Client, DEADLINE, Setup, eventually, repository};
 
 /// The producer's trace and the span in it that published the job.
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -120,6 +120,14 @@ async fn a_job_continues_its_producers_trace_and_its_batches_are_linked_to_it() 
     assert_eq!(resource["service.version"], env!("CARGO_PKG_VERSION"));
     assert!(resource["service.instance.id"].len() > 1 && resource["angler.model"].len() > 20);
 
+    // The guide names all of it.
+    let guide = std::fs::read_to_string(repository("docs/operations.md")).unwrap();
+    for span in &spans {
+        let Span { name, attributes, .. } = span;
+        for word in attributes.keys().chain([name]) {
+            assert!(guide.contains(&format!("`{word}`")), "{word} of {name}");
+        }
+    }
     // Where the job's time went.
     for step in ["admit", "collect", "publish"] {
         let step = named(&spans, step).find(|span| span.parent == continued.id).unwrap();
