@@ -24,7 +24,8 @@
 //! * `idle`: one-image jobs, one at a time, to `angler worker` with its default model, beside the
 //!   time of the parts, each measured alone.
 //!
-//! * `metrics` (only if named): the worker of `overhead` with and without recording metrics, in turn.
+//! * `metrics`, `traces` (only if named): the worker of `overhead` with and without recording metrics, or
+//!   sending a trace of each job to a collector on this machine, in turn.
 //!
 //! Each figure is the median of alternating rounds; latencies are taken from all rounds together.
 //! Everything shares this machine's cores: workers, broker, store, and this program.
@@ -40,11 +41,11 @@ mod photos;
 mod support;
 
 mod ceilings;
+mod costs;
 mod idle;
 mod lanes;
 mod latency;
 mod load;
-mod metrics;
 mod overhead;
 mod runs;
 mod statistics;
@@ -61,6 +62,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use serde_json::{Map, Value};
 
+use crate::costs::Cost;
 use crate::support::var;
 use crate::world::World;
 
@@ -111,6 +113,7 @@ enum Section {
     Lanes,
     Idle,
     Metrics,
+    Traces,
     /// Only when it is named: it takes minutes and a release build of angler
     Runs,
 }
@@ -179,7 +182,8 @@ async fn run(options: &Options) -> Result<()> {
             Section::Lanes => ("lanes", lanes::measure(&world, options).await?),
             Section::Idle => ("idle", idle::measure(&world, options).await?),
             Section::Runs => ("runs", runs::measure(&world, options).await?),
-            Section::Metrics => ("metrics", metrics::measure(&world, options).await?),
+            Section::Metrics => ("metrics", costs::measure(&world, options, Cost::Metrics).await?),
+            Section::Traces => ("traces", costs::measure(&world, options, Cost::Traces).await?),
         };
         report.insert(name.to_owned(), figures);
         // After each, so that a later one that fails takes nothing with it.

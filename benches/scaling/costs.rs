@@ -1,8 +1,15 @@
-//! What recording metrics costs: one worker whose embedder takes no time, with and without it, in
-//! turn, so that both meet the same machine.
+//! What recording metrics costs, and what sending traces does: one worker whose embedder takes no
+//! time, with and without it, in turn, so that both meet the same machine.
 
-use anyhow::Result;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Result, ensure};
+use axum::Router;
+use axum::body::Bytes;
+use axum::routing::post;
 use serde_json::{Value, json};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::Options;
 use crate::load::{Load, Rate};
@@ -13,32 +20,72 @@ use crate::world::World;
 /// As in the section `overhead`.
 const JOBS: [(usize, usize); 2] = [(64, 16), (1, 256)];
 
-pub async fn measure(world: &World, options: &Options) -> Result<Value> {
+/// What is there or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cost {
+    Metrics,
+    /// Of every job.
+    Traces,
+}
+
+/// Takes whatever is sent and looks at none of it, on this machine's cores as all else.
+struct Collector {
+    url: String,
+    bytes: Arc<AtomicU64>,
+    _serving: AbortOnDropHandle<()>,
+}
+
+impl Collector {
+    async fn new() -> Result<Self> {
+        let bytes = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&bytes);
+        let take = post(async move |body: Bytes| {
+            count.fetch_add(body.len() as u64, Ordering::Relaxed);
+        });
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let url = format!("http://{}", listener.local_addr()?);
+        let router = Router::new().route("/v1/traces", take);
+        let serving = tokio::spawn(async move {
+            let _ = axum::serve(listener, router).await; // Until it is dropped.
+        });
+        Ok(Self { url, bytes, _serving: AbortOnDropHandle::new(serving) })
+    }
+}
+
+pub async fn measure(world: &World, options: &Options, cost: Cost) -> Result<Value> {
+    let collector = Collector::new().await?;
     // [jobs of so many images][without, with][round]
     let mut rates: [[Vec<Rate>; 2]; 2] = Default::default();
     for round in 0..options.rounds {
         for ((images, prefetch), rates) in JOBS.into_iter().zip(&mut rates) {
             // Whoever comes second finds caches that are warm: they take turns in that, too.
             for turn in 0..2 {
-                let recorded = (round + turn) % 2;
-                let workers = Workers::new(world, prefetch, 0);
-                let mut workers = if recorded == 1 { workers } else { workers.unmeasured() };
+                let with = (round + turn) % 2;
+                let mut workers = Workers::new(world, prefetch, 0);
+                match (cost, with) {
+                    (Cost::Metrics, 0) => workers = workers.unmeasured(),
+                    (Cost::Traces, 1) => workers.set("telemetry.otlp_endpoint", &collector.url),
+                    _ => {}
+                }
                 workers.grow(1).await?;
                 let mut load = Load::new(world).await?;
                 let backlog = 2 * workers.held();
                 let processes = workers.processes();
                 let rate = load.sustained(images, backlog, options.window(), &processes).await?;
-                rates[recorded].push(rate);
+                rates[with].push(rate);
                 load.close().await;
                 workers.stop().await?;
             }
         }
     }
-    Ok(report(&rates))
+    if cost == Cost::Traces {
+        ensure!(collector.bytes.load(Ordering::Relaxed) > 0, "no traces came");
+    }
+    Ok(report(&rates, cost))
 }
 
-fn report(rates: &[[Vec<Rate>; 2]; 2]) -> Value {
-    println!("## Metrics: an embedder that takes no time, with and without recording\n");
+fn report(rates: &[[Vec<Rate>; 2]; 2], cost: Cost) -> Value {
+    println!("## {cost:?}: an embedder that takes no time, with and without\n");
     println!(
         "| jobs of | images/s without | with | ratio | core ms an image without | with | ratio |"
     );
