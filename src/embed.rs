@@ -272,7 +272,8 @@ pub fn open(model: &Model, options: &Options) -> Result<Opened, OpenError> {
                 return Ok(Opened { embedders, backend, reason });
             }
             Ok(_) => failed.push((name(*choice), "embedder.devices is empty".to_owned())),
-            Err(reason) => failed.push((name(*choice), reason)),
+            // Some libraries end their sentences with a line break.
+            Err(reason) => failed.push((name(*choice), reason.trim_end().to_owned())),
         }
     }
     match failed.pop() {
