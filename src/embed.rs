@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::classes::ClassVectors;
 use crate::model::Model;
 use crate::score::ClassScore;
+use crate::words::plural;
 
 /// A back end that has loaded a model and is ready to run it.
 pub trait Embedder: Send {
@@ -302,10 +303,6 @@ fn name(choice: BackendChoice) -> &'static str {
         BackendChoice::Onnxruntime => "onnxruntime",
         BackendChoice::Tract => "tract",
     }
-}
-
-fn plural(count: usize, what: &str) -> String {
-    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
 type OpenedOne = (Vec<Box<dyn Embedder>>, String);

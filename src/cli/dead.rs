@@ -9,9 +9,9 @@ use anyhow::{Result, anyhow};
 use clap::{Args, Subcommand};
 
 use super::UsageError;
-use super::classify::report::plural;
 use crate::amqp::dead::{DeadError, DeadLetters, Filter};
 use crate::app::App;
+use crate::words::plural;
 
 /// Look at the jobs that were given up on, send them again, or remove them
 #[derive(Subcommand)]
@@ -130,5 +130,5 @@ fn nothing(filter: &Filter, matched: u64, queue: &str) -> Result<()> {
 
 /// `1 dead letter`, `2 dead letters`.
 fn letters(count: u64) -> String {
-    plural(usize::try_from(count).unwrap_or(usize::MAX), "dead letter")
+    plural(count, "dead letter")
 }
