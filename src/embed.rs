@@ -69,7 +69,8 @@ pub trait Embedder: Send {
         None
     }
 
-    /// Where it keeps the class vectors that it scores against; none if it does not score.
+    /// Where it keeps the class vectors that it scores against; none if it does not score. Sessions
+    /// that share a memory yield the same one.
     fn class_memory(&self) -> Option<Arc<dyn ClassMemory>> {
         None
     }
@@ -365,13 +366,14 @@ fn open_all(
     lanes: &[(onnxruntime::Provider, onnxruntime::Size)],
     graph: Option<&[u8]>,
 ) -> Result<Vec<onnxruntime::OnnxRuntimeEmbedder>, String> {
-    let mut memories: Vec<(onnxruntime::Provider, onnxruntime::Memory)> = Vec::new();
+    let mut memories: Vec<(onnxruntime::Provider, Arc<onnxruntime::Memory>)> = Vec::new();
     let mut open = |(provider, size): &(onnxruntime::Provider, onnxruntime::Size)| {
         let memory = match memories.iter().find(|(known, _)| known == provider) {
-            Some((_, memory)) => memory.clone(),
+            Some((_, memory)) => Arc::clone(memory),
             None => {
                 let memory = onnxruntime::Memory::new(*provider, model.dim, options.graph_bytes);
-                memories.push((*provider, memory.clone()));
+                let memory = Arc::new(memory);
+                memories.push((*provider, Arc::clone(&memory)));
                 memory
             }
         };

@@ -277,7 +277,7 @@ impl Engine {
         let frame_bytes = width as usize * height as usize * 3;
         // One fills and one waits while each embedder reads one.
         let frames = Frames::new(embedders.len() + 2, policy.max_batch, frame_bytes);
-        let class_memories = embedders.iter().filter_map(|e| e.class_memory()).collect();
+        let class_memories = each_once(embedders.iter().filter_map(|e| e.class_memory()));
         let devices = embedders.iter().map(|e| e.device()).collect::<BTreeSet<_>>();
         let threads = embedders
             .into_iter()
@@ -396,8 +396,8 @@ impl Engine {
         Arc::clone(&self.inner.embedding)
     }
 
-    /// Where class vectors lie beside the models. A version that is uploaded before it is served
-    /// delays no batch.
+    /// Where class vectors lie beside the models, each memory once. A version that is uploaded
+    /// before it is served delays no batch.
     pub fn class_memories(&self) -> &[Arc<dyn ClassMemory>] {
         &self.inner.class_memories
     }
@@ -425,4 +425,14 @@ impl Engine {
         // A back end that hangs must not keep the process from ending.
         let _ = tokio::time::timeout(Duration::from_secs(10), joined).await;
     }
+}
+
+/// Memories, without those that were there before: sessions of one device share one.
+fn each_once(memories: impl Iterator<Item = Arc<dyn ClassMemory>>) -> Vec<Arc<dyn ClassMemory>> {
+    memories.fold(Vec::new(), |mut all, memory| {
+        if !all.iter().any(|known| Arc::ptr_eq(known, &memory)) {
+            all.push(memory);
+        }
+        all
+    })
 }
