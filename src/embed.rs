@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::classes::ClassVectors;
 use crate::model::Model;
 use crate::score::ClassScore;
+use crate::words::plural;
 
 /// A back end that has loaded a model and is ready to run it.
 pub trait Embedder: Send {
@@ -68,7 +69,8 @@ pub trait Embedder: Send {
         None
     }
 
-    /// Where it keeps the class vectors that it scores against; none if it does not score.
+    /// Where it keeps the class vectors that it scores against; none if it does not score. Sessions
+    /// that share a memory yield the same one.
     fn class_memory(&self) -> Option<Arc<dyn ClassMemory>> {
         None
     }
@@ -305,10 +307,6 @@ fn name(choice: BackendChoice) -> &'static str {
     }
 }
 
-fn plural(count: usize, what: &str) -> String {
-    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
-}
-
 type OpenedOne = (Vec<Box<dyn Embedder>>, String);
 
 fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<OpenedOne, String> {
@@ -369,13 +367,14 @@ fn open_all(
     lanes: &[(onnxruntime::Provider, onnxruntime::Size)],
     graph: Option<&[u8]>,
 ) -> Result<Vec<onnxruntime::OnnxRuntimeEmbedder>, String> {
-    let mut memories: Vec<(onnxruntime::Provider, onnxruntime::Memory)> = Vec::new();
+    let mut memories: Vec<(onnxruntime::Provider, Arc<onnxruntime::Memory>)> = Vec::new();
     let mut open = |(provider, size): &(onnxruntime::Provider, onnxruntime::Size)| {
         let memory = match memories.iter().find(|(known, _)| known == provider) {
-            Some((_, memory)) => memory.clone(),
+            Some((_, memory)) => Arc::clone(memory),
             None => {
                 let memory = onnxruntime::Memory::new(*provider, model.dim, options.graph_bytes);
-                memories.push((*provider, memory.clone()));
+                let memory = Arc::new(memory);
+                memories.push((*provider, Arc::clone(&memory)));
                 memory
             }
         };

@@ -11,9 +11,10 @@ pub mod batcher;
 pub mod executor;
 pub mod frames;
 mod scoring;
+mod stats;
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -31,6 +32,7 @@ use crate::watchdog::Step;
 use batcher::{BatchPolicy, CloseReason};
 pub use frames::Frame;
 use frames::{Claim, Frames, Joined, Part, Sealed};
+pub use stats::EngineStats;
 
 /// What is wanted of one image.
 #[derive(Debug, Clone, Default)]
@@ -121,77 +123,6 @@ pub enum OnFailure {
     Continue,
 }
 
-/// Counts since the start.
-#[derive(Default)]
-pub struct EngineStats {
-    /// What is counted for others to see.
-    metrics: Arc<Metrics>,
-    images: AtomicU64,
-    full: AtomicU64,
-    linger: AtomicU64,
-    drain: AtomicU64,
-    embed_nanos: AtomicU64,
-    in_graph: AtomicU64,
-}
-
-impl EngineStats {
-    fn closed(&self, reason: CloseReason, images: usize) {
-        self.images.fetch_add(images as u64, Ordering::Relaxed);
-        let counter = match reason {
-            CloseReason::Full => &self.full,
-            CloseReason::Linger => &self.linger,
-            CloseReason::Drain => &self.drain,
-        };
-        counter.fetch_add(1, Ordering::Relaxed);
-        self.metrics.batch_closed(reason, images);
-    }
-
-    /// An embedder worked on so many images, whatever came of it.
-    fn embedded(&self, spent: Duration, images: usize) {
-        let nanos = u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
-        self.embed_nanos.fetch_add(nanos, Ordering::Relaxed);
-        self.metrics.embedded(spent, images);
-    }
-
-    /// Batches that closed for this reason.
-    pub fn batches(&self, reason: CloseReason) -> u64 {
-        match reason {
-            CloseReason::Full => self.full.load(Ordering::Relaxed),
-            CloseReason::Linger => self.linger.load(Ordering::Relaxed),
-            CloseReason::Drain => self.drain.load(Ordering::Relaxed),
-        }
-    }
-
-    /// How many batches there were and why they closed, for people.
-    pub fn describe(&self) -> String {
-        let [full, linger, drain] = [CloseReason::Full, CloseReason::Linger, CloseReason::Drain]
-            .map(|reason| self.batches(reason));
-        let total = full + linger + drain;
-        let in_graph = match self.scored_in_graph() {
-            0 => String::new(),
-            batches => format!(", {batches} scored in the graph"),
-        };
-        format!(
-            "{total} (closed: {full} full, {linger} after the linger, {drain} on the drain){in_graph}"
-        )
-    }
-
-    /// Batches that the back end scored itself. Of a batch that failed, its parts count.
-    pub fn scored_in_graph(&self) -> u64 {
-        self.in_graph.load(Ordering::Relaxed)
-    }
-
-    /// Images that were put into a batch.
-    pub fn images(&self) -> u64 {
-        self.images.load(Ordering::Relaxed)
-    }
-
-    /// Time that the embedders worked on batches, all threads together.
-    pub fn embedding(&self) -> Duration {
-        Duration::from_nanos(self.embed_nanos.load(Ordering::Relaxed))
-    }
-}
-
 /// Runs the model. Clones share it.
 #[derive(Clone)]
 pub struct Engine {
@@ -260,7 +191,7 @@ impl Engine {
         let (break_it, broken) = watch::channel(None);
         let closed = CancellationToken::new();
         metrics.limit_batches(policy.max_batch);
-        let stats = Arc::new(EngineStats { metrics, ..EngineStats::default() });
+        let stats = Arc::new(EngineStats::new(metrics));
         let embedding = Step::new("batch(es) being embedded");
         let lanes = Arc::new(AtomicUsize::new(embedders.len()));
         let shared = executor::Shared {
@@ -277,7 +208,7 @@ impl Engine {
         let frame_bytes = width as usize * height as usize * 3;
         // One fills and one waits while each embedder reads one.
         let frames = Frames::new(embedders.len() + 2, policy.max_batch, frame_bytes);
-        let class_memories = embedders.iter().filter_map(|e| e.class_memory()).collect();
+        let class_memories = each_once(embedders.iter().filter_map(|e| e.class_memory()));
         let devices = embedders.iter().map(|e| e.device()).collect::<BTreeSet<_>>();
         let threads = embedders
             .into_iter()
@@ -396,8 +327,8 @@ impl Engine {
         Arc::clone(&self.inner.embedding)
     }
 
-    /// Where class vectors lie beside the models. A version that is uploaded before it is served
-    /// delays no batch.
+    /// Where class vectors lie beside the models, each memory once. A version that is uploaded
+    /// before it is served delays no batch.
     pub fn class_memories(&self) -> &[Arc<dyn ClassMemory>] {
         &self.inner.class_memories
     }
@@ -425,4 +356,14 @@ impl Engine {
         // A back end that hangs must not keep the process from ending.
         let _ = tokio::time::timeout(Duration::from_secs(10), joined).await;
     }
+}
+
+/// Memories, without those that were there before: sessions of one device share one.
+fn each_once(memories: impl Iterator<Item = Arc<dyn ClassMemory>>) -> Vec<Arc<dyn ClassMemory>> {
+    memories.fold(Vec::new(), |mut all, memory| {
+        if !all.iter().any(|known| Arc::ptr_eq(known, &memory)) {
+            all.push(memory);
+        }
+        all
+    })
 }

@@ -42,4 +42,5 @@ pub mod telemetry;
 pub mod tls;
 pub mod trace;
 pub mod watchdog;
+mod words;
 pub mod worker;

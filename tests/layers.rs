@@ -41,6 +41,7 @@ const LAYERS: &[(&str, Layer)] = &[
     ("classes::shadow", Values),
     ("classes::neighbours", Values),
     ("control", Values),
+    ("words", Values),
     ("classes::load", Core),
     ("classes::publish", Core),
     ("classes::evaluate", Values),

@@ -8,7 +8,7 @@ use ndarray::s;
 
 use crate::child::Bare;
 use crate::figures::{in_turns, number, rate};
-use crate::report::{Report, wanted};
+use crate::report::{Holds, Report, wanted};
 use crate::stage::{BATCH, Stage, TOP_K, Wish};
 
 const CLASSES: usize = 10_000;
@@ -67,7 +67,7 @@ fn of_model(stage: &Stage, report: &mut Report, name: &str, model: &Model) -> Re
             report.unknown(what, measured, limit);
         } else {
             let met = scored >= wanted::OF_BARE * alone;
-            report.judge_on_a_gpu(what, measured, limit, met, &figures);
+            report.judge(what, measured, limit, Holds::OnAGpu(met), &figures);
         }
     }
     Ok(())

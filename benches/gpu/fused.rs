@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow};
 use ndarray::s;
 
 use crate::figures::{in_turns, number, rate};
-use crate::report::{Report, wanted};
+use crate::report::{Holds, Report, wanted};
 use crate::stage::{BATCH, Stage, TOP_K, units};
 
 pub fn measure(stage: &Stage, report: &mut Report) -> Result<()> {
@@ -40,7 +40,7 @@ pub fn measure(stage: &Stage, report: &mut Report) -> Result<()> {
             })
         })?;
         let [on_host, in_graph] = [0, 1].map(|way| 1e3 * batch as f64 / rates[way]);
-        report.judge_on_a_gpu(
+        report.judge(
             name,
             format!(
                 "{} ms on the host, {} in the graph: {:.2} ×",
@@ -49,7 +49,7 @@ pub fn measure(stage: &Stage, report: &mut Report) -> Result<()> {
                 on_host / in_graph
             ),
             limit,
-            on_host / in_graph >= wanted::NOT_SLOWER,
+            Holds::OnAGpu(on_host / in_graph >= wanted::NOT_SLOWER),
             &[("rows", rows as f64), ("host_ms", on_host), ("graph_ms", in_graph)],
         );
     }

@@ -16,7 +16,7 @@ use futures_util::stream::{self, StreamExt};
 use ndarray::Axis;
 
 use crate::child::Ballast;
-use crate::report::Report;
+use crate::report::{Holds, Report};
 use crate::stage::{BATCH, Stage, TOP_K, Wish};
 
 /// What is left of the device: enough for a session and small batches of ResNet-50's size at
@@ -67,7 +67,7 @@ fn beyond_the_budget(
         "a set beyond embedder.graph_bytes",
         format!("{} of {images} images answered, {} batches in the graph", ran.0, ran.1),
         "all, scored on the host",
-        ran.0 == images && ran.1 == 0,
+        Holds::Anywhere(ran.0 == images && ran.1 == 0),
         &[("images", images as f64), ("answered", ran.0 as f64)],
     );
     Ok(())
@@ -95,16 +95,16 @@ fn a_large_batch(
         Ok::<_, anyhow::Error>((first, then))
     });
     match ran {
-        Ok((first, then)) => report.judge_on_a_gpu(
+        Ok((first, then)) => report.judge(
             what,
             format!("{first} of {images} answered, then {then} of {few}"),
             limit,
-            first == images && then == few,
+            Holds::OnAGpu(first == images && then == few),
             &[("images", images as f64), ("answered", first as f64)],
         ),
         Err(error) => {
             let reason = format!("{error:#}").replace('\n', " ");
-            report.judge_on_a_gpu(what, reason, limit, false, &[]);
+            report.judge(what, reason, limit, Holds::OnAGpu(false), &[]);
         }
     }
     Ok(())
@@ -134,19 +134,19 @@ fn a_large_set(
         Ok::<_, anyhow::Error>((first, before, then, in_graph))
     });
     match ran {
-        Ok((first, of_large, then, of_small)) => report.judge_on_a_gpu(
+        Ok((first, of_large, then, of_small)) => report.judge(
             what,
             format!(
                 "{first} of {images} answered ({of_large} batches in the graph), then {then} \
                  ({of_small} in the graph)"
             ),
             limit,
-            first == images && then == images && of_small > 0,
+            Holds::OnAGpu(first == images && then == images && of_small > 0),
             &[("images", images as f64), ("answered", first as f64)],
         ),
         Err(error) => {
             let reason = format!("{error:#}").replace('\n', " ");
-            report.judge_on_a_gpu(what, reason, limit, false, &[]);
+            report.judge(what, reason, limit, Holds::OnAGpu(false), &[]);
         }
     }
     Ok(())

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use ndarray::{Array1, Array2, Array4, ArrayView1, Axis};
 
 use crate::figures::percent;
-use crate::report::{Report, wanted};
+use crate::report::{Holds, Report, wanted};
 use crate::stage::{BATCH, Stage, TOP_K, Wish, set, units};
 
 /// Classes of the set that is harder than the folders: near the images, and near each other.
@@ -54,7 +54,7 @@ fn of_model(
         format!("{name}: least cosine to {beside}, {count} images"),
         format!("{least:.6}; {apart:.6} without their mean"),
         format!("≥ {}", wanted::COSINE),
-        least >= wanted::COSINE,
+        Holds::Anywhere(least >= wanted::COSINE),
         &[("images", count as f64), ("least_cosine", least), ("without_mean", apart)],
     );
     for (set, classes) in sets {
@@ -67,7 +67,7 @@ fn of_model(
             format!("{name}: labels as {beside} has them, {} {set}", classes.labels().len()),
             format!("{} ({same} of {count})", percent(share)),
             format!("≥ {}", percent(wanted::SAME_LABELS)),
-            share >= wanted::SAME_LABELS,
+            Holds::Anywhere(share >= wanted::SAME_LABELS),
             &[("images", count as f64), ("same", same as f64)],
         );
         let what =
@@ -81,7 +81,7 @@ fn of_model(
                     what,
                     format!("off by {off:.1e} at most, {others} other labels"),
                     limit,
-                    off <= wanted::SCORE && others == 0,
+                    Holds::Anywhere(off <= wanted::SCORE && others == 0),
                     &[("score_off", f64::from(off)), ("other_labels", others as f64)],
                 );
             }

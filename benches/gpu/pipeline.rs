@@ -20,7 +20,7 @@ use bytes::Bytes;
 use crate::child::Bare;
 use crate::figures::{number, percent};
 use crate::photos::{Photos, jpeg};
-use crate::report::{Report, wanted};
+use crate::report::{Holds, Report, wanted};
 use crate::stage::{BATCH, LIMITS, Stage, TOP_K, Wish};
 
 /// What images are made as.
@@ -67,7 +67,7 @@ pub fn measure(stage: &Stage, report: &mut Report) -> Result<()> {
 
     let limit = if alone.is_nan() { decoders } else { alone.min(decoders) };
     let (width, height) = SIZE;
-    report.judge_on_a_gpu(
+    report.judge(
         format!(
             "decode, embed and score JPEGs of {width} × {height}, {:.0} kB, images/s",
             bytes / 1e3
@@ -81,10 +81,10 @@ pub fn measure(stage: &Stage, report: &mut Report) -> Result<()> {
             number(decoders)
         ),
         format!("≥ {} of the lower one", percent(wanted::OF_LIMIT)),
-        ran.rate >= wanted::OF_LIMIT * limit,
+        Holds::OnAGpu(ran.rate >= wanted::OF_LIMIT * limit),
         &[("rate", ran.rate), ("decoders", decoders), ("bare", alone)],
     );
-    report.judge_on_a_gpu(
+    report.judge(
         "time that a session is busy meanwhile",
         format!(
             "{} of each of {}; {:.1} images in a batch",
@@ -93,14 +93,14 @@ pub fn measure(stage: &Stage, report: &mut Report) -> Result<()> {
             ran.filled
         ),
         format!("≥ {} where decoding allows it", percent(wanted::BUSY)),
-        ran.busy >= wanted::BUSY * (decoders / alone).min(1.0),
+        Holds::OnAGpu(ran.busy >= wanted::BUSY * (decoders / alone).min(1.0)),
         &[("busy", ran.busy), ("sessions", ran.lanes as f64)],
     );
     report.judge(
         "images that failed meanwhile",
         format!("{} of {}", ran.failed, ran.done),
         "none",
-        ran.failed == 0,
+        Holds::Anywhere(ran.failed == 0),
         &[("failed", ran.failed as f64), ("images", ran.done as f64)],
     );
     Ok(())

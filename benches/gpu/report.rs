@@ -57,6 +57,13 @@ impl Verdict {
     }
 }
 
+/// Whether what is wanted holds, and where that says anything.
+#[derive(Debug, Clone, Copy)]
+pub enum Holds {
+    Anywhere(bool),
+    OnAGpu(bool),
+}
+
 #[derive(Debug, Serialize)]
 struct Line {
     section: String,
@@ -120,32 +127,19 @@ impl Report {
         self.add(what.into(), measured.into(), String::new(), Verdict::Measured, f);
     }
 
-    /// Wanted wherever it runs.
+    /// Something is wanted of it.
     pub fn judge(
         &mut self,
         what: impl Into<String>,
         measured: impl Into<String>,
         wanted: impl Into<String>,
-        met: bool,
+        holds: Holds,
         figures: Figures<'_>,
     ) {
-        let verdict = if met { Verdict::Met } else { Verdict::Missed };
-        self.add(what.into(), measured.into(), wanted.into(), verdict, figures);
-    }
-
-    /// Wanted of a GPU.
-    pub fn judge_on_a_gpu(
-        &mut self,
-        what: impl Into<String>,
-        measured: impl Into<String>,
-        wanted: impl Into<String>,
-        met: bool,
-        figures: Figures<'_>,
-    ) {
-        let verdict = match (self.on_a_gpu, met) {
-            (false, _) => Verdict::NotOnACpu,
-            (true, true) => Verdict::Met,
-            (true, false) => Verdict::Missed,
+        let verdict = match holds {
+            Holds::OnAGpu(_) if !self.on_a_gpu => Verdict::NotOnACpu,
+            Holds::OnAGpu(true) | Holds::Anywhere(true) => Verdict::Met,
+            Holds::OnAGpu(false) | Holds::Anywhere(false) => Verdict::Missed,
         };
         self.add(what.into(), measured.into(), wanted.into(), verdict, figures);
     }

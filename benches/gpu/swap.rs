@@ -21,7 +21,7 @@ use ndarray::{Array4, Axis};
 use tokio_util::sync::CancellationToken;
 
 use crate::figures::{median, number};
-use crate::report::{Report, wanted};
+use crate::report::{Holds, Report, wanted};
 use crate::stage::{BATCH, Stage, TOP_K, Wish, units};
 
 /// Different images.
@@ -45,7 +45,7 @@ pub fn measure(stage: &Stage, report: &mut Report) -> Result<()> {
 
     let size = format!("{} × {} vectors, {name}", number(rows as f64), model.dim);
     let times = watched.longest / watched.median;
-    report.judge_on_a_gpu(
+    report.judge(
         format!("the longest batch of {batch} in {swaps} swaps of {size}"),
         format!(
             "{} ms, {times:.2} × the median of {} ms",
@@ -53,7 +53,7 @@ pub fn measure(stage: &Stage, report: &mut Report) -> Result<()> {
             number(watched.median)
         ),
         format!("≤ {} × the median", wanted::SWAP),
-        times <= wanted::SWAP,
+        Holds::OnAGpu(times <= wanted::SWAP),
         &[
             ("rows", rows as f64),
             ("dim", model.dim as f64),
@@ -71,7 +71,7 @@ pub fn measure(stage: &Stage, report: &mut Report) -> Result<()> {
         "answers with another version's labels, or none",
         format!("{} of {}", watched.wrong, watched.answers),
         "none",
-        watched.wrong == 0,
+        Holds::Anywhere(watched.wrong == 0),
         &[("wrong", watched.wrong as f64), ("answers", watched.answers as f64)],
     );
     Ok(())

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, anyhow};
 use ndarray::{ArrayView4, Axis};
 
 use crate::figures::{in_turns, number, rate};
-use crate::report::{Report, wanted};
+use crate::report::{Holds, Report, wanted};
 use crate::stage::{BATCH, Stage, TOP_K, units};
 
 const CLASSES: usize = 10_000;
@@ -69,11 +69,11 @@ fn of_model(
         return Ok(());
     };
     let speedup = alone / fused;
-    report.judge_on_a_gpu(
+    report.judge(
         what,
         format!("{measured}, in the graph {}: {speedup:.2} ×", number(*fused)),
         limit,
-        speedup >= least,
+        Holds::OnAGpu(speedup >= least),
         &[("one_by_one", alone), ("batched", batched), ("fused", *fused)],
     );
     Ok(())

@@ -8,26 +8,11 @@
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-default=$here/../efficientnet-lite0
-output=${1:-"$here/model.new.onnx"}
+. "$here/../regenerate-common.sh"
 
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-trap 'exit 1' HUP INT TERM
+prepare onnxruntime==1.32.0 pillow==13.0.0
 
-python3 -m venv "$work/venv"
-python="$work/venv/bin/python"
-"$python" -m pip install --quiet --disable-pip-version-check \
-    numpy==2.4.6 onnx==1.23.2 onnxruntime==1.32.0 pillow==13.0.0
-
-export PYTHONDONTWRITEBYTECODE=1
 # One thread: sums are added up in the same order every time.
 OPENBLAS_NUM_THREADS=1 "$python" "$here/quantise.py" "$default/model.onnx" "$work/model.onnx"
 
-status=0
-if [ -f "$here/model.onnx" ]; then
-    "$python" "$default/compare.py" "$here/model.onnx" "$work/model.onnx" || status=$?
-fi
-cp "$work/model.onnx" "$output"
-echo "wrote $output"
-exit "$status"
+finish "$work/model.onnx" "$@"

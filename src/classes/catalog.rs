@@ -10,19 +10,22 @@
 //! Pinned versions are loaded on demand, one load for all who wait for it, and kept in a cache
 //! bounded in bytes, least recently used out first.
 
+mod set;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use tokio::sync::Mutex as Turn;
 use tokio::time::{Instant, sleep, timeout};
 
+use self::set::Set;
 use super::active::Active;
 use super::file::Expected;
 use super::load::{self, Loaded, SILENCE, unavailable};
 use super::{ClassVectors, ClassesError};
-use crate::control::{Refused, SetStatus};
+use crate::control::SetStatus;
 use crate::embed::ClassMemory;
 use crate::job::ClassSelector;
 use crate::store::{ETag, Got, ObjectStore};
@@ -79,27 +82,6 @@ struct State {
     sets: HashMap<String, Arc<Set>>,
     /// The least recently used first.
     pinned: Vec<Arc<Pinned>>,
-}
-
-/// One set's active version.
-struct Set {
-    name: String,
-    /// Held by whoever looks at `active.json`; the ETag of the one that was dealt with last.
-    turn: Turn<Option<ETag>>,
-    seen: Mutex<Seen>,
-}
-
-#[derive(Default)]
-struct Seen {
-    serving: Option<Loaded>,
-    since: Option<SystemTime>,
-    swaps: u64,
-    refusals: u64,
-    refused: Option<Refused>,
-    /// Whether what was refused may pass by itself: the store did not answer.
-    passing: bool,
-    /// While nothing is served: why, and until when that is taken for granted.
-    failure: Option<(ClassesError, Instant)>,
 }
 
 /// One pinned version.
@@ -222,7 +204,7 @@ impl Catalog {
         if let Some(loaded) = set.serving() {
             return Ok(loaded.classes);
         }
-        if let Some((error, _)) = set.seen().failure.clone().filter(|f| Instant::now() < f.1) {
+        if let Some(error) = set.failure() {
             return Err(error);
         }
         self.follow(root, set, &mut dealt_with).await
@@ -379,8 +361,8 @@ impl Root {
         if state.sets.len() >= REMEMBERED {
             state.sets.retain(|_, set| set.serving().is_some());
         }
-        let new = || Set { name: name.to_owned(), turn: Turn::default(), seen: Mutex::default() };
-        Arc::clone(state.sets.entry(name.to_owned()).or_insert_with(|| Arc::new(new())))
+        let set = state.sets.entry(name.to_owned());
+        Arc::clone(set.or_insert_with(|| Arc::new(Set::new(name))))
     }
 
     fn pinned(&self, set: &str, version: &str) -> Arc<Pinned> {
@@ -420,97 +402,6 @@ impl State {
     }
 }
 
-impl Set {
-    fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn serving(&self) -> Option<Loaded> {
-        self.seen().serving.clone()
-    }
-
-    /// The swap: one pointer.
-    fn serve(&self, loaded: Loaded) {
-        let (version, rows) =
-            (loaded.classes.version().to_owned(), loaded.classes.vectors().rows());
-        let mut seen = self.seen();
-        seen.failure = None;
-        if seen.refused.take().is_some() {
-            tracing::info!(set = self.name, version, "what is active can be served again");
-        }
-        let before = match &seen.serving {
-            Some(old) if old.sha256 == loaded.sha256 && old.classes.version() == version => return,
-            Some(old) => Some(old.classes.version().to_owned()),
-            None => None,
-        };
-        seen.swaps += u64::from(before.is_some());
-        seen.since = Some(SystemTime::now());
-        let old = seen.serving.replace(loaded);
-        drop(seen);
-        // Freed outside the lock, if no job holds it.
-        drop(old);
-        tracing::info!(set = self.name, version, before, rows, "class vectors are served");
-    }
-
-    fn refuse(&self, version: Option<String>, error: &ClassesError, poll: Duration) {
-        let reason = error.to_string();
-        let mut seen = self.seen();
-        match seen.serving.as_ref().map(|s| s.classes.version().to_owned()) {
-            Some(serving) => {
-                let passing = matches!(error, ClassesError::Unavailable(_));
-                let known = seen.refused.as_ref();
-                // A version that is wrong stays so while the store is away.
-                if known.is_some_and(|r| {
-                    (r.version == version && r.reason == reason) || (passing && !seen.passing)
-                }) {
-                    return;
-                }
-                seen.refusals += u64::from(!passing);
-                seen.passing = passing;
-                tracing::error!(
-                    set = self.name,
-                    version,
-                    serving,
-                    "refused, the old version goes on serving: {reason}"
-                );
-            }
-            // Each job that asks says so in its result.
-            None => {
-                seen.failure = Some((error.clone(), Instant::now() + holds(error, poll)));
-                return;
-            }
-        }
-        let at = rfc3339(SystemTime::now());
-        seen.refused = Some(Refused { version, reason, at });
-    }
-
-    /// The store answered that nothing has changed: a failure to ask is over, a version that was
-    /// refused is still refused.
-    fn reachable_again(&self) {
-        let mut seen = self.seen();
-        if seen.passing && seen.refused.take().is_some() {
-            seen.passing = false;
-            tracing::info!(set = self.name, "active.json can be followed again");
-        }
-    }
-
-    fn status(&self) -> Option<SetStatus> {
-        let seen = self.seen();
-        let Loaded { classes, sha256, .. } = seen.serving.as_ref()?;
-        Some(SetStatus {
-            set: self.name.clone(),
-            version: classes.version().to_owned(),
-            sha256: sha256.clone(),
-            rows: classes.vectors().rows(),
-            bytes: classes.bytes(),
-            since: seen.since.map(rfc3339).unwrap_or_default(),
-            swaps: seen.swaps,
-            refusals: seen.refusals,
-            refused: seen.refused.clone(),
-        })
-    }
-}
-
 /// For how long a failure is taken for granted: a file that is wrong stays wrong, and reading it
 /// again for each of many jobs would cost what a good one costs.
 fn holds(error: &ClassesError, poll: Duration) -> Duration {
@@ -519,10 +410,6 @@ fn holds(error: &ClassesError, poll: Duration) -> Duration {
         ClassesError::UnknownSet { .. } | ClassesError::UnknownVersion { .. } => ABSENCE.min(poll),
         ClassesError::Unavailable(_) => Duration::ZERO,
     }
-}
-
-fn rfc3339(time: SystemTime) -> String {
-    humantime::format_rfc3339_millis(time).to_string()
 }
 
 #[cfg(test)]

@@ -9,9 +9,9 @@ use anyhow::{Result, anyhow};
 use clap::{Args, Subcommand};
 
 use super::UsageError;
-use super::classify::report::plural;
-use crate::amqp::dead::{DeadLetters, Filter};
+use crate::amqp::dead::{DeadError, DeadLetters, Filter};
 use crate::app::App;
+use crate::words::plural;
 
 /// Look at the jobs that were given up on, send them again, or remove them
 #[derive(Subcommand)]
@@ -82,6 +82,26 @@ impl Chosen {
     }
 }
 
+/// A bulk run's jobs that were given up on, and why; `command` is part of the connection's name.
+pub(super) async fn of_run(app: &App, command: &str, run: &str) -> Result<Vec<(String, String)>> {
+    let mut dead = match app.dead_letters(command).await {
+        Err(DeadError::NoQueue(_)) => return Ok(Vec::new()), // No worker has run yet.
+        dead => dead?,
+    };
+    let filter = Filter { runs: vec![run.to_owned()], ..Filter::default() };
+    let read = async {
+        let mut jobs = Vec::new();
+        while let Some(letter) = dead.next().await? {
+            if filter.matches(&letter) {
+                jobs.push((letter.job, letter.reason));
+            }
+        }
+        anyhow::Ok(jobs)
+    };
+    let jobs = read.await;
+    end(dead, jobs).await
+}
+
 /// Ends a pass. What went wrong in it comes before what went wrong at its end.
 async fn end<T>(dead: DeadLetters, outcome: Result<T>) -> Result<T> {
     let closed = dead.close().await;
@@ -110,5 +130,5 @@ fn nothing(filter: &Filter, matched: u64, queue: &str) -> Result<()> {
 
 /// `1 dead letter`, `2 dead letters`.
 fn letters(count: u64) -> String {
-    plural(usize::try_from(count).unwrap_or(usize::MAX), "dead letter")
+    plural(count, "dead letter")
 }

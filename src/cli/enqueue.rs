@@ -1,33 +1,30 @@
 //! `angler enqueue`: many images as the jobs of one run.
 
-use std::io::{Seek, SeekFrom, Write};
+mod images;
+
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
-use futures_util::StreamExt;
-use globset::{Glob, GlobSet, GlobSetBuilder};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::UsageError;
 use super::collect::files::Files;
 use super::collect::{Collecting, Limits};
-use super::gather::has_image_ending;
-use super::progress::{RunBar, bars, progress_bar};
+use super::progress::{RunBar, bars};
 use super::tables::show;
 use crate::amqp::topology::Topology;
-use crate::app::{App, is_s3};
+use crate::app::App;
 use crate::bulk::enqueuer::{Plan, Step, Target, enqueue};
-use crate::bulk::manifest::{self, Format};
+use crate::bulk::manifest::Format;
 use crate::bulk::queues::{RunQueues, check_run};
-use crate::bulk::spool::{Images, Spool};
+use crate::bulk::spool::Images;
 use crate::classes::load::version_key;
 use crate::classes::publish::read_active;
 use crate::job::{ClassSelector, MAX_TOP_K};
 use crate::shutdown;
-use crate::store::s3::S3Uri;
 
 /// Send the images of an S3 prefix or of a list as the jobs of one run
 ///
@@ -165,107 +162,6 @@ impl Enqueue {
         Ok(app.settings.topology_of(lane.ok_or_else(wrong)?))
     }
 
-    /// All images, on disk.
-    async fn images(&self, app: &App) -> Result<Images> {
-        let spool = Spool::new().context("the list of images cannot be kept")?;
-        if !is_s3(&self.source) {
-            return self.local(spool).await;
-        }
-        let uri = S3Uri::parse(&self.source).map_err(UsageError)?;
-        match self.format.or_else(|| Format::of(&uri.key)) {
-            Some(format) => self.list_in_s3(app, &uri, format, spool).await,
-            None => self.prefix(app, &uri, spool).await,
-        }
-    }
-
-    async fn local(&self, mut spool: Spool) -> Result<Images> {
-        self.no_globs()?;
-        let (source, given) = (self.source.clone(), self.format);
-        let reading = tokio::task::spawn_blocking(move || {
-            if source == "-" {
-                let format = given.unwrap_or(Format::Text);
-                let input = std::io::stdin().lock();
-                manifest::read(input, format, "standard input", &mut spool, fetchable)?;
-                return anyhow::Ok(spool.finish()?);
-            }
-            let path = PathBuf::from(&source);
-            if path.is_dir() {
-                let wrong = format!(
-                    "{source} is a folder: workers fetch images from S3, so name s3://bucket/prefix or a list of URIs"
-                );
-                return Err(UsageError(wrong).into());
-            }
-            let file = std::fs::File::open(&path).with_context(|| source.clone())?;
-            let format = given.or_else(|| Format::of(&source)).unwrap_or(Format::Text);
-            manifest::read_file(file, format, &source, &mut spool, fetchable)?;
-            Ok(spool.finish()?)
-        });
-        reading.await?
-    }
-
-    async fn list_in_s3(
-        &self,
-        app: &App,
-        uri: &S3Uri,
-        format: Format,
-        mut spool: Spool,
-    ) -> Result<Images> {
-        self.no_globs()?;
-        let object = app.bucket(&uri.bucket).await?.open(&uri.key).await?;
-        let mut object = object.ok_or_else(|| anyhow!("{} does not exist", self.source))?;
-        let mut file = tempfile::tempfile()?;
-        while let Some(chunk) = object.chunks.next().await {
-            let chunk = chunk?;
-            tokio::task::block_in_place(|| file.write_all(&chunk))?;
-        }
-        file.seek(SeekFrom::Start(0))?;
-        let place = self.source.clone();
-        let reading = tokio::task::spawn_blocking(move || {
-            manifest::read_file(file, format, &place, &mut spool, fetchable)?;
-            anyhow::Ok(spool.finish()?)
-        });
-        reading.await?
-    }
-
-    async fn prefix(&self, app: &App, prefix: &S3Uri, mut spool: Spool) -> Result<Images> {
-        let (include, exclude) =
-            (globs("--include", &self.include)?, globs("--exclude", &self.exclude)?);
-        let bar = progress_bar(0, "keys listed");
-        bar.unset_length();
-        let whole = format!("s3://{}/{}", prefix.bucket, prefix.key);
-        let store = app.s3_images().await?;
-        let mut failed = None;
-        let listing = store.each_page(prefix, |page| {
-            bar.inc(page.len() as u64);
-            for uri in page {
-                let below = uri.strip_prefix(&whole).unwrap_or(&uri).trim_start_matches('/');
-                let wanted = match self.include.is_empty() {
-                    // What is named in full is taken as it is.
-                    true => has_image_ending(&uri) || uri == whole,
-                    false => include.is_match(below),
-                };
-                if wanted && !exclude.is_match(below) {
-                    let pushed = spool.push(crate::job::ImageRef { uri, id: None });
-                    failed = failed.take().or(pushed.err());
-                }
-            }
-            failed.is_none()
-        });
-        listing.await?;
-        bar.finish_and_clear();
-        match failed {
-            Some(error) => Err(error).context("the list of images cannot be kept"),
-            None => Ok(spool.finish()?),
-        }
-    }
-
-    fn no_globs(&self) -> Result<(), UsageError> {
-        match self.include.is_empty() && self.exclude.is_empty() {
-            true => Ok(()),
-            false => Err(UsageError("--include and --exclude go with an S3 prefix".to_owned())),
-        }
-    }
-
     fn show_plan(&self, plan: &Plan, images: &Images, version: &str) -> Result<()> {
         let jobs = plan.jobs(images.len());
         if self.json {
@@ -390,24 +286,6 @@ fn told(plan: &Plan, images: u64, jobs: u64, new: u64, time: Duration) -> String
             )
         }
     }
-}
-
-/// What a worker can fetch.
-fn fetchable(uri: &str) -> Result<(), String> {
-    let parsed = S3Uri::parse(uri)?;
-    match parsed.key.is_empty() {
-        true => Err(format!("{uri:?} names a bucket but no key")),
-        false => Ok(()),
-    }
-}
-
-fn globs(flag: &str, patterns: &[String]) -> Result<GlobSet, UsageError> {
-    let wrong = |e: globset::Error| UsageError(format!("{flag}: {e}"));
-    let mut set = GlobSetBuilder::new();
-    for pattern in patterns {
-        set.add(Glob::new(pattern).map_err(wrong)?);
-    }
-    set.build().map_err(wrong)
 }
 
 /// The version that a job would be scored against now, which must be there.

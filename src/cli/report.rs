@@ -19,6 +19,7 @@ use serde::Serialize;
 use super::html;
 use super::tables::{one_line, show};
 use crate::app::App;
+use crate::words::plural;
 use collect::Collector;
 use pictures::Pictures;
 use summary::{Faulty, Summary};
@@ -113,21 +114,20 @@ impl Report {
         match first {
             None if s.lines == 0 => bail!("{source} holds no results: it is empty"),
             Some(first) if s.unreadable.lines == s.lines => {
-                bail!("{source} holds no results: {} cannot be read; {first}", lines(s.lines))
+                bail!(
+                    "{source} holds no results: {} cannot be read; {first}",
+                    plural(s.lines, "line")
+                )
             }
             Some(first) => {
                 eprintln!(
                     "{source}: {} of {} could not be read; {first}",
                     s.unreadable.lines,
-                    lines(s.lines)
+                    plural(s.lines, "line")
                 );
             }
             None => {}
         }
         Ok(())
     }
-}
-
-fn lines(count: u64) -> String {
-    if count == 1 { "1 line".to_owned() } else { format!("{count} lines") }
 }

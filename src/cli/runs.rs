@@ -9,8 +9,8 @@ use serde::Serialize;
 
 use super::UsageError;
 use super::collect::missing::{Backlog, backlog};
+use super::dead;
 use super::tables::{ROWS, end, show, table};
-use crate::amqp::dead::{DeadError, Filter};
 use crate::amqp::{close, connect};
 use crate::app::App;
 use crate::bulk::queues::{RunQueues, check_run};
@@ -129,7 +129,8 @@ impl ShowCommand {
             anyhow::Ok((state, backlog(app, connection).await?))
         })
         .await?;
-        let shown = Shown { run, state, dead: dead(app, run).await?, all_runs };
+        let dead = dead::of_run(app, "runs", run).await?;
+        let shown = Shown { run, state, dead, all_runs };
         match self.json {
             true => show(&format!("{}\n", serde_json::to_string(&shown)?))?,
             false => show(&shown.text())?,
@@ -160,28 +161,6 @@ impl Shown<'_> {
         );
         text
     }
-}
-
-/// Jobs of the run that were given up on, and why.
-async fn dead(app: &App, run: &str) -> Result<Vec<(String, String)>> {
-    let mut dead = match app.dead_letters("runs").await {
-        Err(DeadError::NoQueue(_)) => return Ok(Vec::new()), // No worker has run yet.
-        dead => dead?,
-    };
-    let filter = Filter { runs: vec![run.to_owned()], ..Filter::default() };
-    let mut letters = Vec::new();
-    let read = async {
-        while let Some(letter) = dead.next().await? {
-            if filter.matches(&letter) {
-                letters.push((letter.job, letter.reason));
-            }
-        }
-        Ok::<_, DeadError>(())
-    };
-    let read = read.await;
-    dead.close().await?;
-    read?;
-    Ok(letters)
 }
 
 /// Cancel a run: no more of its jobs are sent, and workers drop those that wait

@@ -102,7 +102,7 @@ pub struct Fused<'a> {
     /// ONNX.
     pub graph: &'a [u8],
     /// Where class vectors are kept, on the same device.
-    pub memory: Memory,
+    pub memory: Arc<Memory>,
 }
 
 /// ONNX Runtime, loaded. The library is loaded once a process and stays: it cannot be unloaded.
@@ -410,7 +410,7 @@ impl Embedder for OnnxRuntimeEmbedder {
     }
 
     fn class_memory(&self) -> Option<Arc<dyn ClassMemory>> {
-        self.scoring.as_ref().map(|scoring| Arc::new(scoring.memory()) as Arc<dyn ClassMemory>)
+        self.scoring.as_ref().map(|scoring| scoring.memory() as Arc<dyn ClassMemory>)
     }
 }
 

@@ -210,3 +210,21 @@ async fn what_the_back_end_cannot_score_the_host_scores() {
     assert_eq!(rig.calls(), (3, 3, 1));
     rig.engine.close().await;
 }
+
+#[tokio::test]
+async fn sessions_of_a_device_have_one_memory_to_upload_to() {
+    let model = load("tiny-mean");
+    let two = || {
+        let options = options(BackendChoice::Onnxruntime, Scoring::Graph, PLENTY);
+        let options = embed::Options { sessions: 2, ..options };
+        embed::open(&model, &options).unwrap().embedders
+    };
+    // What is opened apart shares nothing.
+    for (embedders, memories) in [(two(), 1), (two().into_iter().chain(two()).collect(), 2)] {
+        let policy = BatchPolicy { max_batch: BATCH, linger: Duration::from_secs(3600) };
+        let engine = Engine::start(embedders, policy, (8, 8), Scorer::default()).unwrap();
+        assert_eq!(engine.sessions(), 2 * memories);
+        assert_eq!(engine.class_memories().len(), memories);
+        engine.close().await;
+    }
+}

@@ -46,7 +46,11 @@ fn opened(
     scoring: Scoring,
     graph_bytes: usize,
 ) -> embed::Opened {
-    let options = embed::Options {
+    embed::open(model, &options(choice, scoring, graph_bytes)).unwrap()
+}
+
+fn options(choice: BackendChoice, scoring: Scoring, graph_bytes: usize) -> embed::Options {
+    embed::Options {
         choice,
         devices: vec![0],
         threads: 1,
@@ -57,8 +61,7 @@ fn opened(
         graph_bytes,
         cuda: CudaOptions::default(),
         onnxruntime_library: Some(PathBuf::from(var("ANGLER_TEST_ONNXRUNTIME"))),
-    };
-    embed::open(model, &options).unwrap()
+    }
 }
 
 /// Images of noise, each around a grey of its own so that their embeddings differ.

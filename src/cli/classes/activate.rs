@@ -13,10 +13,10 @@ use crate::app::App;
 use crate::classes::file::Expected;
 use crate::classes::publish::{Published, Target, activate};
 use crate::cli::UsageError;
-use crate::cli::classify::report::plural;
 use crate::cli::tables::show;
 use crate::control::{Answer, Request, SetStatus};
 use crate::job::{ClassSelector, check_name};
+use crate::words::plural;
 
 /// How long a worker may keep silent before it is asked again: it may have been about to connect.
 const AGAIN: Duration = Duration::from_secs(2);

@@ -15,10 +15,10 @@ use crate::classes::build::Failed;
 use crate::classes::embedded::{PerClass, Representatives};
 use crate::classes::outliers::{self, Outliers};
 use crate::classes::vectors::Precision;
-use crate::cli::classify::report::plural;
 use crate::cli::gather;
 use crate::cli::progress::{embed_with_progress, report_failed};
 use crate::score::Scorer;
+use crate::words::plural;
 
 /// Outliers in the table.
 const TABLE_ROWS: usize = 20;

@@ -10,13 +10,14 @@ use clap::Args;
 use super::kept::{Expected, Kept, KeptFile, matrix};
 use crate::app::App;
 use crate::classes::ClassVectors;
-use crate::cli::classify::report::{Report, plural};
+use crate::cli::classify::report::Report;
 use crate::cli::output::{self, Output};
 use crate::cli::{UsageError, class_set};
 use crate::job::{ImageEntry, MAX_TOP_K, Provenance, Verdict};
 use crate::score::Scorer;
 use crate::shutdown;
 use crate::sink::jsonl::Line;
+use crate::words::plural;
 
 /// Classify kept embeddings anew: no images, no model, no GPU
 ///

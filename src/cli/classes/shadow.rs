@@ -11,9 +11,9 @@ use tokio::time::Instant;
 use crate::app::App;
 use crate::classes::shadow::ShadowReport;
 use crate::cli::UsageError;
-use crate::cli::classify::report::plural;
 use crate::cli::tables::{address, given, number, percent, show, table};
 use crate::control::{Answer, Request};
+use crate::words::plural;
 
 /// Show what classes.shadow would change, as the workers have counted
 ///

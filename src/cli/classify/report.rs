@@ -13,6 +13,7 @@ use crate::engine::Engine;
 use crate::error::ImageErrorCode;
 use crate::job::{ImageEntry, Verdict};
 use crate::model::Model;
+use crate::words::plural;
 
 /// The most rows that a table shows; the rest is counted.
 const ROWS: usize = 200;
@@ -161,9 +162,4 @@ impl Report {
         }
         text
     }
-}
-
-/// `1 image`, `2 images`.
-pub(in crate::cli) fn plural(count: usize, what: &str) -> String {
-    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }

@@ -8,9 +8,9 @@ use serde::Serialize;
 
 use crate::amqp::ask::look_at;
 use crate::amqp::connect;
-use crate::amqp::dead::Filter;
 use crate::app::App;
 use crate::bulk::journal::Journal;
+use crate::cli::dead;
 
 /// Ranges of missing jobs, and dead letters, that are named.
 const RANGES: usize = 10;
@@ -40,19 +40,13 @@ pub(super) async fn known(app: &App, run: &str) -> Result<String> {
     let backlog = backlog(app, &connection).await;
     crate::amqp::close(&connection).await;
     let Backlog { queued, suspects, retrying } = backlog?;
-    let mut dead = app.dead_letters("collect").await?;
-    let filter = Filter { runs: vec![run.to_owned()], ..Filter::default() };
-    let mut letters = Vec::new();
-    while let Some(letter) = dead.next().await? {
-        if filter.matches(&letter) && letters.len() < RANGES {
-            letters.push(format!("{} ({})", letter.job, letter.reason));
-        }
-    }
-    dead.close().await?;
+    let dead = dead::of_run(app, "collect", run).await?;
     let mut text = format!(
         "Of all runs {queued} jobs wait in {}, {suspects} to be run alone, {retrying} for a retry",
         app.settings.amqp.jobs_queue.names()
     );
+    let letters = dead.iter().take(RANGES).map(|(job, reason)| format!("{job} ({reason})"));
+    let letters: Vec<String> = letters.collect();
     if !letters.is_empty() {
         let _ = write!(text, "; of this one given up: {}", letters.join(", "));
     }

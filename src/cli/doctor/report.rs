@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use crate::cli::tables::plain;
+use crate::words::plural;
 
 /// Columns of a terminal.
 const WIDTH: usize = 80;
@@ -107,8 +108,7 @@ impl Report {
         }
         let count = |count: usize, what: &str| match count {
             0 => format!("no {what}s"),
-            1 => format!("1 {what}"),
-            _ => format!("{count} {what}s"),
+            _ => plural(count, what),
         };
         let (problems, warnings) =
             (count(self.problems, "problem"), count(self.warnings, "warning"));

@@ -38,13 +38,8 @@ struct Version {
     rows: RowClasses,
 }
 
-/// A device's memory for class vectors. Clones share it.
-#[derive(Clone)]
+/// A device's memory for class vectors.
 pub struct Memory {
-    inner: Arc<Inner>,
-}
-
-struct Inner {
     dim: usize,
     /// The GPU on which class vectors lie.
     gpu: Option<i32>,
@@ -54,13 +49,12 @@ struct Inner {
 impl Memory {
     /// `bytes` bounds the class vectors that are kept.
     pub fn new(provider: Provider, dim: usize, bytes: usize) -> Self {
-        let gpu = provider.gpu();
-        Self { inner: Arc::new(Inner { dim, gpu, versions: Prepared::new(bytes) }) }
+        Self { dim, gpu: provider.gpu(), versions: Prepared::new(bytes) }
     }
 
     /// The version on the device. None if it is for the host, or on its way.
     fn version(&self, classes: &Arc<ClassVectors>) -> Option<Arc<Version>> {
-        let Inner { dim, gpu, versions } = self.inner.as_ref();
+        let Self { dim, gpu, versions } = self;
         if classes.dim() != *dim {
             return None;
         }
@@ -77,25 +71,25 @@ impl ClassMemory for Memory {
 
 /// What a session of the fused graph needs.
 pub(super) struct Scoring {
-    memory: Memory,
+    memory: Arc<Memory>,
     calls: Calls,
     /// [1, dim], what is scored against where only embeddings are wanted.
     nothing: Tensor<f32>,
 }
 
 impl Scoring {
-    pub fn new(memory: Memory) -> ort::Result<Self> {
-        let dim = memory.inner.dim;
+    pub fn new(memory: Arc<Memory>) -> ort::Result<Self> {
+        let dim = memory.dim;
         let nothing = Tensor::from_array(([1, dim], vec![0.0; dim]))?;
-        let nothing = match memory.inner.gpu {
+        let nothing = match memory.gpu {
             Some(device) => nothing.to(AllocationDevice::CUDA, device)?,
             None => nothing,
         };
-        Ok(Self { calls: Calls::new(memory.inner.gpu), memory, nothing })
+        Ok(Self { calls: Calls::new(memory.gpu), memory, nothing })
     }
 
-    pub fn memory(&self) -> Memory {
-        self.memory.clone()
+    pub fn memory(&self) -> Arc<Memory> {
+        Arc::clone(&self.memory)
     }
 
     /// f32 [N, dim], not normalised.
@@ -106,7 +100,7 @@ impl Scoring {
     ) -> Result<Array2<f32>, EmbedError> {
         let classes = Classes { matrix: &self.nothing, count: 1 };
         let outputs = self.calls.run(session, ONLY_EMBEDDINGS, pixels, classes)?;
-        embeddings(values(&outputs, EMBEDDING)?, pixels.dim().0, self.memory.inner.dim)
+        embeddings(values(&outputs, EMBEDDING)?, pixels.dim().0, self.memory.dim)
     }
 
     /// None if this version, or so many classes of it, is for the host.
@@ -118,7 +112,7 @@ impl Scoring {
         against: &Against<'_>,
     ) -> Option<Result<Scores, EmbedError>> {
         let Self { memory, calls, .. } = self;
-        let dim = memory.inner.dim;
+        let dim = memory.dim;
         let version = memory.version(against.classes)?;
         let Version { matrix, rows } = version.as_ref();
         let needed = rows.needed(against.top_k);
