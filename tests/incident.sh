@@ -121,7 +121,5 @@ env "${settings[@]}" PYTHONDONTWRITEBYTECODE=1 ANGLER="$angler" BROWSER="$ANGLER
   --prometheus "http://127.0.0.1:$PROMETHEUS" --workers "${workers[@]}" --acts "${acts[@]}" </dev/null &
 watcher=$!
 set +m
-status=0
-wait "$watcher" || status=$?
+wait "$watcher" # whose exit code is this script's
 watcher=''
-exit "$status"

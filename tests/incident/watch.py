@@ -102,15 +102,17 @@ class Watch:
                 found[self.named(name)] = float(series["value"][1])
         return found
 
-    def words(self, title):
-        shown = [f"{name} {value:.3g}".strip() for name, value in sorted(self.panel(title).items())]
+    def words(self, title, names=None):
+        """What the panel shows; of many series those that are named."""
+        found = sorted(self.panel(title).items())
+        shown = [f"{name} {value:.3g}".strip() for name, value in found if names is None or name in names]
         return ", ".join(shown) or "no data"
 
     def sign(self, title):
         """What must change of a panel to be worth a line: of a rate whether there is one, of queues which are seen."""
         queries = " ".join(target["expr"] for target in self.panels[title])
         if "queue" in queries:
-            return set(self.panel(title))
+            return dict.fromkeys(self.panel(title), True)
         rate = re.search(r"rate\(|increase\(", queries)
         return {name: value > 0 if rate else value for name, value in self.panel(title).items()}
 
@@ -157,8 +159,10 @@ class Watch:
                 continue
             kind, *rest = key
             if kind == "panel":
-                if rest[0] in self.watched:
-                    self.say("panel", f"{rest[0]}: {self.words(rest[0])}")
+                old, new = self.before.get(key), now.get(key)
+                if old is not None and new is not None:
+                    other = {name for name in new if new[name] != old.get(name)}
+                    self.say("panel", f"{rest[0]}: {self.words(rest[0], other or None)}")
             elif kind == "alert":
                 self.say("alert", f"{' '.join(rest).strip()} {now.get(key, 'is over')}")
             else:
