@@ -8,8 +8,8 @@
 # Two workers (ANGLER=…, default target/release/angler), a broker and a store of their own, a Prometheus with
 # deploy/prometheus as it is but for the addresses, and jobs all the while. Exit code 0: at each act the alerts that
 # docs/operations.md names fired, no other did, panels and page said what was wrong, and all of it was over after the
-# mending; every job has its result. Alerts wait as long as their rules say: half an hour in all, the last quarter
-# of it for what AnglerDeadLetters looks back. What was seen is kept: target/tmp/incident.log and incident-*.png.
+# mending; every job has its result. Alerts wait as long as their rules say: 23 minutes in all, the last 15 of
+# them since AnglerDeadLetters looks so far back. What was seen is kept: target/tmp/incident.log and incident-*.png.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
