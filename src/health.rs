@@ -45,13 +45,13 @@ pub struct About {
 }
 
 /// How a queue of jobs is consumed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Consuming {
     Yes,
-    /// Not on purpose.
-    Lost,
-    /// On purpose, over a connection that is there.
-    Paused,
+    /// Not, and why if that is known; not on purpose.
+    Lost(String),
+    /// Not, for this reason; on purpose, over a connection that is there.
+    Paused(&'static str),
 }
 
 /// What has to be true for a worker to be ready, and whose state is shown.
@@ -61,8 +61,6 @@ pub struct Readiness {
     warm: AtomicBool,
     /// How each queue of jobs is consumed.
     queues: Mutex<BTreeMap<String, Consuming>>,
-    /// Why nothing is consumed although the broker is there.
-    paused: Mutex<Option<&'static str>>,
     /// Where work is stuck.
     stalled: Mutex<Option<String>>,
     /// Why the broker takes no results for now.
@@ -99,23 +97,28 @@ impl Readiness {
         let _ = self.about.set(about);
     }
 
-    /// Whether jobs are being consumed from a queue; if not, the connection is gone, too.
-    pub fn set_consuming(&self, queue: &str, consuming: bool) {
-        *locked(&self.paused) = None;
-        let state = if consuming { Consuming::Yes } else { Consuming::Lost };
-        locked(&self.queues).insert(queue.to_owned(), state);
+    /// Jobs are being consumed from a queue.
+    pub fn set_consuming(&self, queue: &str) {
+        locked(&self.queues).insert(queue.to_owned(), Consuming::Yes);
+    }
+
+    /// No jobs are being consumed from a queue, and there is no connection.
+    ///
+    /// * `reason`: what the broker or the way to it said; empty if nothing did.
+    pub fn set_lost(&self, queue: &str, reason: &str) {
+        locked(&self.queues).insert(queue.to_owned(), Consuming::Lost(reason.to_owned()));
     }
 
     /// No jobs are being consumed from a queue, on purpose.
     pub fn set_paused(&self, queue: &str, reason: &'static str) {
-        locked(&self.queues).insert(queue.to_owned(), Consuming::Paused);
-        *locked(&self.paused) = Some(reason);
+        locked(&self.queues).insert(queue.to_owned(), Consuming::Paused(reason));
     }
 
     /// Whether every queue's connection is there, for all that is known.
     pub(crate) fn connected(&self) -> bool {
         let queues = locked(&self.queues);
-        !queues.is_empty() && !queues.values().any(|consuming| *consuming == Consuming::Lost)
+        let lost = |consuming: &Consuming| matches!(consuming, Consuming::Lost(_));
+        !queues.is_empty() && !queues.values().any(lost)
     }
 
     /// Work does not move, and where; none once it does.
@@ -154,22 +157,29 @@ impl Readiness {
         if let Some(blocked) = locked(&self.blocked).as_ref() {
             return Some(format!("the broker blocks publishers: {blocked}"));
         }
-        let silent = {
-            let queues = locked(&self.queues);
-            let silent = queues.iter().filter(|(_, consuming)| **consuming != Consuming::Yes);
-            let silent: Vec<&str> = silent.map(|(queue, _)| queue.as_str()).collect();
-            if silent.is_empty() && !queues.is_empty() {
-                return None;
-            }
-            match silent.is_empty() {
-                true => String::new(),
-                false => format!(" from {}", silent.join(", ")),
-            }
-        };
-        match *locked(&self.paused) {
-            Some(reason) => Some(reason.to_owned()),
-            None => Some(format!("no jobs are being consumed{silent}")),
+        let queues = locked(&self.queues);
+        let paused = queues.values().find_map(|consuming| match consuming {
+            Consuming::Paused(reason) => Some((*reason).to_owned()),
+            Consuming::Yes | Consuming::Lost(_) => None,
+        });
+        let lost: Vec<(&str, &str)> = queues
+            .iter()
+            .filter_map(|(queue, consuming)| match consuming {
+                Consuming::Lost(reason) => Some((queue.as_str(), reason.as_str())),
+                Consuming::Yes | Consuming::Paused(_) => None,
+            })
+            .collect();
+        if lost.is_empty() {
+            let nothing = || "no jobs are being consumed".to_owned();
+            return paused.or_else(|| queues.is_empty().then(nothing));
         }
+        let names: Vec<&str> = lost.iter().map(|(queue, _)| *queue).collect();
+        let mut missing = format!("no jobs are being consumed from {}", names.join(", "));
+        // They have one broker.
+        if let Some((_, reason)) = lost.iter().find(|(_, reason)| !reason.is_empty()) {
+            missing.push_str(&format!(": {reason}"));
+        }
+        Some(missing)
     }
 }
 
@@ -283,7 +293,7 @@ mod tests {
         let readiness = Arc::new(Readiness::default());
         let (address, _server) = serve("127.0.0.1:0", Arc::clone(&readiness)).await.unwrap();
         readiness.set_warm();
-        readiness.set_consuming("jobs", true);
+        readiness.set_consuming("jobs");
         let both = async || (get(address, "/livez").await, get(address, "/readyz").await);
         assert_eq!(both().await, ((200, "alive\n".into()), (200, "ready\n".into())));
 
@@ -302,7 +312,13 @@ mod tests {
         readiness.set_paused("jobs", "the store does not answer");
         let (live, ready) = both().await;
         assert_eq!((live.0, ready), (200, (503, "not ready: the store does not answer\n".into())));
-        readiness.set_consuming("jobs", true);
+        readiness.set_consuming("jobs");
         assert_eq!(both().await.1.0, 200);
+
+        readiness.set_lost("jobs", "connection refused");
+        readiness.set_lost("more", "");
+        let (live, ready) = both().await;
+        let said = "not ready: no jobs are being consumed from jobs, more: connection refused\n";
+        assert_eq!((live.0, ready), (200, (503, said.into())));
     }
 }

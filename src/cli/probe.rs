@@ -110,7 +110,7 @@ mod tests {
         assert!(said.contains("503: not ready: the model is not loaded yet"), "{said}");
 
         readiness.set_warm();
-        readiness.set_consuming("jobs", true);
+        readiness.set_consuming("jobs");
         probe(&listen, false).await.unwrap();
         readiness.set_stalled(Some("1 image(s) being decoded".into()));
         let said = refused(&listen, true).await;

@@ -83,7 +83,7 @@ impl AmqpSource {
         readiness: Arc<Readiness>,
     ) -> Self {
         // Not ready before each queue is consumed.
-        readiness.set_consuming(&topology.jobs, false);
+        readiness.set_lost(&topology.jobs, "");
         Self {
             options,
             topology: Arc::new(topology),
@@ -128,7 +128,7 @@ impl AmqpSource {
             self.resuming = None;
             match (resumed, &mut self.live) {
                 (Ok(Ok(consumer)), Some(live)) => {
-                    self.readiness.set_consuming(&self.topology.jobs, true);
+                    self.readiness.set_consuming(&self.topology.jobs);
                     live.consumer = Some(consumer);
                 }
                 (Ok(Err(error)), _) => self.lose(&error.to_string()),
@@ -159,7 +159,7 @@ impl AmqpSource {
                         prefetch = self.prefetch,
                         "consuming"
                     );
-                    self.readiness.set_consuming(&self.topology.jobs, true);
+                    self.readiness.set_consuming(&self.topology.jobs);
                     self.live = Some(live);
                 }
                 Ok(Err(error)) => self.try_again(&error.to_string()),
@@ -170,6 +170,7 @@ impl AmqpSource {
 
     fn try_again(&mut self, error: &str) {
         let pause = self.backoff.next();
+        self.readiness.set_lost(&self.topology.jobs, error);
         tracing::warn!(
             pause_seconds = pause.as_secs_f64(),
             "jobs cannot be consumed, the broker is tried again: {error}"
@@ -179,7 +180,7 @@ impl AmqpSource {
 
     fn lose(&mut self, reason: &str) {
         tracing::warn!("the consumer ended and is started anew: {reason}");
-        self.readiness.set_consuming(&self.topology.jobs, false);
+        self.readiness.set_lost(&self.topology.jobs, reason);
         self.suspects.send_replace(false);
         if let Some(live) = self.live.take() {
             live.lost.cancel();
@@ -354,7 +355,7 @@ impl JobSource for AmqpSource {
 
     async fn stop(&mut self) {
         self.stopped = true;
-        self.readiness.set_consuming(&self.topology.jobs, false);
+        self.readiness.set_lost(&self.topology.jobs, "");
         if let Some(opening) = self.opening.take() {
             // Not aborted: a consumer that is half-made must be closed to give back what it has.
             tokio::spawn(async move {

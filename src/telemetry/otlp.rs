@@ -44,6 +44,13 @@ pub struct Identity {
     pub model: String,
 }
 
+impl Identity {
+    /// Workers on one host have one name.
+    fn instance(&self) -> String {
+        format!("{}/{}", self.worker, std::process::id())
+    }
+}
+
 /// The way to a collector.
 pub struct Otlp {
     provider: SdkTracerProvider,
@@ -66,7 +73,7 @@ impl Otlp {
             .with_service_name(settings.service_name.clone())
             .with_attributes([
                 KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
-                KeyValue::new("service.instance.id", identity.worker.clone()),
+                KeyValue::new("service.instance.id", identity.instance()),
                 KeyValue::new("angler.model", identity.model.clone()),
             ])
             .build();
