@@ -78,9 +78,9 @@ start_epmd() {
   # Without ours the broker would start one that forks away and outlives it; so ours has to be up first.
   (
     cd "$dir"
-    exec setsid epmd -port "$EPMD" -address 127.0.0.1 </dev/null >>log/epmd.log 2>&1
-  ) &
-  echo $! >"$dir/epmd.pid"
+    setsid epmd -port "$EPMD" -address 127.0.0.1 </dev/null >>log/epmd.log 2>&1 &
+    echo $! >epmd.pid
+  )
   local tries=200
   until listens "$EPMD"; do
     ((tries-- > 0)) || die "epmd does not answer; see $dir/log/epmd.log"
@@ -90,14 +90,15 @@ start_epmd() {
 
 start_broker() {
   # RUNNING_UNDER_SYSTEMD makes the shell script exec the Erlang VM, so that our child is the broker itself and SIGKILL
-  # means it. setsid: Ctrl-C in the terminal is for the test run, which then stops the broker.
+  # means it. setsid: Ctrl-C in the terminal is for the test run, which then stops the broker. It is in DIR from its first
+  # moment: whoever asks whether it lives looks for that.
   (
     cd "$dir"
     export RUNNING_UNDER_SYSTEMD=true
     export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='-kernel inet_dist_use_interface {127,0,0,1}'
-    exec setsid "$sbin/rabbitmq-server" </dev/null >>log/console.log 2>&1
-  ) &
-  echo $! >"$dir/pid"
+    setsid "$sbin/rabbitmq-server" </dev/null >>log/console.log 2>&1 &
+    echo $! >pid
+  )
 }
 
 # AMQP opens late in the boot, the management API is a plugin of its own: both have to answer.

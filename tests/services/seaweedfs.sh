@@ -70,12 +70,13 @@ start() {
   if [[ -f $dir/tls.crt ]]; then
     options+=(-s3.port.https="$S3_HTTPS" -s3.cert.file="$dir/tls.crt" -s3.key.file="$dir/tls.key")
   fi
-  # setsid: Ctrl-C in the terminal is for the test run, which then stops the server.
+  # setsid: Ctrl-C in the terminal is for the test run, which then stops the server. It is in DIR from its first moment:
+  # whoever asks whether it lives looks for that.
   (
     cd "$dir"
-    exec setsid "$weed" -config_dir="$dir" -logtostderr=true server "${options[@]}" </dev/null >>log/weed.log 2>&1
-  ) &
-  echo $! >"$dir/pid"
+    setsid "$weed" -config_dir="$dir" -logtostderr=true server "${options[@]}" </dev/null >>log/weed.log 2>&1 &
+    echo $! >pid
+  )
 }
 
 # The S3 side answers early; an object can be stored once the master has a volume to assign.
