@@ -9,6 +9,7 @@
 //! * `images`: bytes to the default model's pixels, and decoding alone.
 //! * `batches`: what the engine takes beside its model.
 //! * `messages`: jobs read, results written.
+//! * `metrics`: what recording takes, beside not recording.
 //!
 //! Scoring has `benches/score.rs`, which holds it against the bare product.
 
@@ -23,6 +24,7 @@ mod wire;
 mod batches;
 mod images;
 mod messages;
+mod metrics;
 
 fn main() {
     divan::main();
