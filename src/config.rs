@@ -138,9 +138,10 @@ impl TelemetrySettings {
         let rest = endpoint.strip_prefix("http://").or_else(|| endpoint.strip_prefix("https://"));
         let usable = rest.is_some_and(|rest| !rest.is_empty() && !rest.starts_with(['/', ':']));
         if !endpoint.is_empty() && !usable {
+            // What has no @ has no password.
+            let shown = if endpoint.contains('@') { redacted(endpoint) } else { endpoint.clone() };
             return Err(SettingsError(format!(
-                "telemetry.otlp_endpoint = {:?} must be http://HOST:PORT or https://HOST:PORT",
-                redacted(endpoint)
+                "telemetry.otlp_endpoint = {shown:?} must be http://HOST:PORT or https://HOST:PORT"
             )));
         }
         if !(0.0..=1.0).contains(sample) {
@@ -548,7 +549,7 @@ mod tests {
             ("[amqp]\njobs_queue = []", "amqp.jobs_queue"),
             ("[amqp]\njobs_queue = [\"a\", \"a:2\"]", "amqp.jobs_queue names a twice"),
             ("[amqp]\nurl = \"http://h\"", "amqp.url"),
-            ("[telemetry]\notlp_endpoint = \"h:4318\"", "telemetry.otlp_endpoint"),
+            ("[telemetry]\notlp_endpoint = \"h:4318\"", "telemetry.otlp_endpoint = \"h:4318\""),
             ("[telemetry]\notlp_endpoint = \"https://\"", "telemetry.otlp_endpoint"),
             ("[telemetry]\notlp_sample = 1.5", "telemetry.otlp_sample"),
             ("[telemetry]\notlp_sample = nan", "telemetry.otlp_sample"),
@@ -565,6 +566,8 @@ mod tests {
         assert_eq!(redacted("amqp://u:p@ss@h:5672/v"), "amqp://u:***@h:5672/v");
         assert_eq!(redacted("amqp://h/v"), "amqp://h/v");
         assert_eq!(redacted("secret"), "(not a URL)");
+        let message = refused("[telemetry]\notlp_endpoint = \"u:hunter2@h:4318\"");
+        assert!(message.contains("otlp_endpoint") && !message.contains("hunter2"), "{message}");
         // Two slashes are missing.
         let message = refused("[amqp]\nurl = \"amqp:u:hunter2@h\"");
         assert!(message.contains("amqp.url") && !message.contains("hunter2"), "{message}");
