@@ -1,4 +1,4 @@
-//! The systemd unit, the Debian package, and `angler probe` as a process.
+//! The systemd unit, the Debian package, the crate, and `angler probe` as a process.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -125,6 +125,21 @@ fn one_command_makes_a_package_with_all_that_belongs_to_it() {
         .map(|line| line.split_once('/').unwrap().1)
         .collect();
     assert!(packed.contains("usr/bin/angler") && packed.len() > 40, "{packed:?}");
+}
+
+/// As `cargo publish --dry-run` does before it builds, without a network.
+#[test]
+fn the_crate_packs_without_a_warning_and_fits_a_registry() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["package", "--no-verify", "--allow-dirty", "--offline", "--target-dir"]);
+    let (passed, output) = said(cargo.arg(folder.path()).current_dir(env!("CARGO_MANIFEST_DIR")));
+    assert!(passed && !output.contains("warning"), "{output}");
+    let name =
+        concat!("package/", env!("CARGO_PKG_NAME"), "-", env!("CARGO_PKG_VERSION"), ".crate");
+    let bytes = folder.path().join(name).metadata().unwrap().len();
+    // What the public registry takes at most.
+    assert!(bytes < 10 << 20, "{bytes} bytes");
 }
 
 #[test]
