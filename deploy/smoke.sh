@@ -66,13 +66,13 @@ PYTHON
 say 'metrics'
 for port in 8081 8082; do
   page "http://127.0.0.1:$port/readyz" >/dev/null || die "the worker on port $port is not ready"
-  page "http://127.0.0.1:$port/metrics" | grep -q '^angler_images_total{' || die "no angler_images_total on port $port"
+  [[ $(page "http://127.0.0.1:$port/metrics") == *$'\nangler_images_total{'* ]] || die "no angler_images_total on port $port"
 done
 counted() { [[ $(asked 'sum(angler_images_total)') == "$expected" ]]; }
 awaited "Prometheus counts $expected images of both workers" counted
 queues() { [[ $(asked 'count(rabbitmq_detailed_queue_messages{queue="angler.jobs"})') == 1 ]]; }
 awaited 'Prometheus sees the queue of jobs' queues
-page http://127.0.0.1:3000/api/dashboards/uid/angler | grep -q angler_images_total || die 'Grafana has no dashboard'
+[[ $(page http://127.0.0.1:3000/api/dashboards/uid/angler) == *angler_images_total* ]] || die 'Grafana has no dashboard'
 
 say 'a worker stops in order'
 timeout 60 "${compose[@]}" stop worker-1

@@ -35,7 +35,7 @@ use crate::store::shared::SharedImages;
 use crate::store::{ImageStore, ObjectStore, Routed};
 use crate::telemetry::otlp::{Identity, Otlp};
 use crate::watchdog;
-use crate::worker::{Worker, WorkerOptions};
+use crate::worker::{self, Worker, WorkerOptions};
 
 /// The parts that every command is put together from.
 pub struct App {
@@ -358,6 +358,12 @@ async fn load_shadow(catalog: &Catalog, shadow: &Shadow, poll: Duration) {
     }
 }
 
+/// What the end of a worker's surroundings may take: of the publisher's connection 5 s, of the model's threads
+/// 5 s, of the traces that are not sent yet 3 s.
+const CLOSING: Duration = Duration::from_secs(8);
+/// From the end of a drain to the end of the process, at most: SIGKILL must not come before.
+pub const AFTER_DRAIN: Duration = worker::CLOSING.saturating_add(CLOSING);
+
 /// A worker, and what it runs in.
 pub struct Daemon {
     /// Not started yet.
@@ -379,14 +385,18 @@ pub struct Surroundings {
 }
 
 impl Surroundings {
-    /// Ends it all, each part within its deadline.
+    /// Ends it all, within a deadline.
     pub async fn close(self) {
         drop(self.followers);
-        self.publisher.close().await;
-        self.engine.close().await;
-        if let Some(otlp) = self.otlp {
-            otlp.close().await;
-        }
+        let work = async {
+            self.engine.close().await;
+            // Its last batches are spans, too.
+            if let Some(otlp) = self.otlp {
+                otlp.close().await;
+            }
+        };
+        let closed = async { tokio::join!(self.publisher.close(), work) };
+        let _ = tokio::time::timeout(CLOSING, closed).await;
     }
 }
 

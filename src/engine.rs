@@ -354,7 +354,7 @@ impl Engine {
             }
         });
         // A back end that hangs must not keep the process from ending.
-        let _ = tokio::time::timeout(Duration::from_secs(10), joined).await;
+        let _ = tokio::time::timeout(Duration::from_secs(5), joined).await;
     }
 }
 

@@ -114,11 +114,12 @@ impl Readiness {
         locked(&self.queues).insert(queue.to_owned(), Consuming::Paused(reason));
     }
 
-    /// Whether every queue's connection is there, for all that is known.
-    pub(crate) fn connected(&self) -> bool {
+    /// Whether every queue's connection is there, for all that is known; none before the worker
+    /// turns to the broker.
+    pub(crate) fn connected(&self) -> Option<bool> {
         let queues = locked(&self.queues);
         let lost = |consuming: &Consuming| matches!(consuming, Consuming::Lost(_));
-        !queues.is_empty() && !queues.values().any(lost)
+        (!queues.is_empty()).then(|| !queues.values().any(lost))
     }
 
     /// Work does not move, and where; none once it does.
@@ -293,6 +294,7 @@ mod tests {
         let readiness = Arc::new(Readiness::default());
         let (address, _server) = serve("127.0.0.1:0", Arc::clone(&readiness)).await.unwrap();
         readiness.set_warm();
+        assert_eq!(readiness.connected(), None);
         readiness.set_consuming("jobs");
         let both = async || (get(address, "/livez").await, get(address, "/readyz").await);
         assert_eq!(both().await, ((200, "alive\n".into()), (200, "ready\n".into())));
@@ -315,8 +317,10 @@ mod tests {
         readiness.set_consuming("jobs");
         assert_eq!(both().await.1.0, 200);
 
+        assert_eq!(readiness.connected(), Some(true));
         readiness.set_lost("jobs", "connection refused");
         readiness.set_lost("more", "");
+        assert_eq!(readiness.connected(), Some(false));
         let (live, ready) = both().await;
         let said = "not ready: no jobs are being consumed from jobs, more: connection refused\n";
         assert_eq!((live.0, ready), (200, (503, said.into())));

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use self::turns::Suspects;
@@ -35,6 +35,9 @@ use crate::retry::RetrySchedule;
 use crate::sink::ResultSink;
 use crate::source::{Cancellations, Delivery, JobSource};
 use crate::trace::Traces;
+
+/// What the end of the source's connections may take, after the drain.
+pub const CLOSING: Duration = Duration::from_secs(5);
 
 /// What a worker is told, beside its ports.
 #[derive(Clone)]
@@ -100,20 +103,24 @@ impl Worker {
     ///
     /// # Errors
     /// [`FatalError`] if it cannot go on or the drain takes longer than the grace period. What is
-    /// not settled then comes back to another worker.
+    /// not settled then comes back to another worker. To close the source takes [`CLOSING`] more
+    /// at most.
     pub async fn run(mut self, stop: CancellationToken) -> Result<(), FatalError> {
         let mut jobs: JoinSet<Result<(), FatalError>> = JoinSet::new();
         let slots = Arc::new(Semaphore::new(self.core.options.jobs_in_flight.max(1)));
         let outcome = self.receive_until_stopped(&stop, &slots, &mut jobs).await;
-        self.source.stop().await;
+        let until = Instant::now() + self.core.options.grace;
+        // A broker that hangs has no more of the grace period than a drain: what is not given back
+        // comes back with the end of the connection.
+        let _ = timeout_at(until, self.source.stop()).await;
         self.core.pipeline.engine().drain();
         let outcome = match outcome {
-            Ok(()) => self.core.drain(&mut jobs).await,
+            Ok(()) => self.core.drain(&mut jobs, until).await,
             fatal => fatal,
         };
         // Jobs that are left are dropped unsettled, before their connection is.
         jobs.shutdown().await;
-        self.source.close().await;
+        let _ = timeout(CLOSING, self.source.close()).await;
         outcome
     }
 
@@ -219,10 +226,13 @@ impl Core {
         }
     }
 
-    /// Waits for the admitted jobs, at most the grace period.
-    async fn drain(&self, jobs: &mut JoinSet<Result<(), FatalError>>) -> Result<(), FatalError> {
+    /// Waits for the admitted jobs until the grace period is over.
+    async fn drain(
+        &self,
+        jobs: &mut JoinSet<Result<(), FatalError>>,
+        until: Instant,
+    ) -> Result<(), FatalError> {
         let engine = self.pipeline.engine().clone();
-        let grace = self.options.grace;
         let all = async {
             loop {
                 tokio::select! {
@@ -235,9 +245,12 @@ impl Core {
                 }
             }
         };
-        match timeout(grace, all).await {
+        match timeout_at(until, all).await {
             Ok(outcome) => outcome,
-            Err(_) => Err(FatalError::DrainTimedOut { jobs: jobs.len(), seconds: grace.as_secs() }),
+            Err(_) => {
+                let seconds = self.options.grace.as_secs();
+                Err(FatalError::DrainTimedOut { jobs: jobs.len(), seconds })
+            }
         }
     }
 

@@ -52,15 +52,14 @@ fn looked_at(shown: &Shown) -> prometheus::Result<Registry> {
     for (name, help, value) in [
         ("angler_ready", "1 while /readyz is green.", readiness.missing().is_none()),
         ("angler_stalled", "1 while /livez is red.", readiness.stalled().is_some()),
-        (
-            "angler_broker_connected",
-            "1 while the connection that jobs come over is there.",
-            readiness.connected(),
-        ),
         ("angler_broker_blocked", "1 while the broker takes no results.", readiness.is_blocked()),
         ("angler_store_away", "1 while the store does not answer.", readiness.store_is_away()),
     ] {
         look.gauge(name, help, state(value))?;
+    }
+    if let Some(connected) = readiness.connected() {
+        let help = "1 while the connection that jobs come over is there.";
+        look.gauge("angler_broker_connected", help, state(connected))?;
     }
     look.info("angler_build_info", "angler's version.", &[("version", env!("CARGO_PKG_VERSION"))])?;
     backend(shown, &look)?;

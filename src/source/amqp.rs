@@ -355,7 +355,9 @@ impl JobSource for AmqpSource {
 
     async fn stop(&mut self) {
         self.stopped = true;
-        self.readiness.set_lost(&self.topology.jobs, "");
+        if self.live.is_some() {
+            self.readiness.set_paused(&self.topology.jobs, "the worker is stopping");
+        }
         if let Some(opening) = self.opening.take() {
             // Not aborted: a consumer that is half-made must be closed to give back what it has.
             tokio::spawn(async move {

@@ -70,7 +70,8 @@ fn check(documents: &[Value]) {
     let settings = settings(documents);
 
     let grace = pod["terminationGracePeriodSeconds"].as_u64().unwrap();
-    assert!(grace > settings.shutdown.grace_seconds, "SIGKILL comes before the drain is over");
+    let taken = settings.shutdown.grace_seconds + angler::app::AFTER_DRAIN.as_secs();
+    assert!(grace > taken, "SIGKILL comes before the drain is over");
     assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
     assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
     assert_eq!(worker["securityContext"]["readOnlyRootFilesystem"], true);
@@ -128,6 +129,23 @@ fn a_collector_of_traces_is_let_through() {
         wanted.extend(port.filter(|port| !wanted.contains(port)));
         assert_eq!(ports, wanted, "{endpoint}");
     }
+}
+
+/// Nothing but the node or EKS tells keys where no Secret does; Kubernetes refuses `rollingUpdate` beside `Recreate`.
+#[test]
+fn what_a_value_makes_needless_or_necessary_goes_or_comes_with_it() {
+    for (secret, rules) in [("", 3), ("angler-s3", 2)] {
+        let (documents, findings) = render(&[], &json!({"s3": {"secretName": secret}}));
+        assert_eq!(findings, "");
+        check(&documents);
+        let egress = &kind(&documents, "NetworkPolicy").unwrap()["spec"]["egress"];
+        assert_eq!(egress.as_array().unwrap().len(), rules, "{egress}");
+    }
+    let (documents, findings) = render(&[], &json!({"strategy": {"type": "Recreate"}}));
+    assert_eq!(findings, "");
+    check(&documents);
+    let strategy = &kind(&documents, "Deployment").unwrap()["spec"]["strategy"];
+    assert_eq!(*strategy, json!({"type": "Recreate"}));
 }
 
 /// Every option that adds or changes an object.
@@ -194,6 +212,7 @@ fn keda_counts_what_is_held_and_nobody_else_scales() {
     assert_eq!(findings, "");
     let scaled = &kind(&documents, "ScaledObject").unwrap()["spec"];
     assert_eq!(scaled["minReplicaCount"], 0);
+    assert_eq!(scaled["fallback"]["behavior"], "currentReplicasIfHigher");
     let mut counted = Vec::new();
     for trigger in scaled["triggers"].as_array().unwrap() {
         let metadata = &trigger["metadata"];

@@ -2,6 +2,7 @@
 
 use std::process::Command;
 
+use angler::app::AFTER_DRAIN;
 use angler::config::Settings;
 use serde_json::{Value, json};
 
@@ -67,8 +68,30 @@ fn workers_run_as_nobody_on_a_file_system_that_is_not_theirs_and_end_in_order() 
         assert!(flags.len() > 5, "{flags:?}");
         let settings = Settings::load(None, &flags).unwrap();
         let grace = worker["stop_grace_period"].as_str().unwrap().strip_suffix('s').unwrap();
-        assert!(grace.parse::<u64>().unwrap() > settings.shutdown.grace_seconds, "{name}");
+        let taken = settings.shutdown.grace_seconds + AFTER_DRAIN.as_secs();
+        assert!(grace.parse::<u64>().unwrap() > taken, "{name}");
     }
+}
+
+/// Compose refuses to copy a configuration into a container that it may not write to.
+#[test]
+fn what_writes_can_write() {
+    let compose = yaml(COMPOSE);
+    let services = compose["services"].as_object().unwrap();
+    let mut copied = 0;
+    for (name, service) in services {
+        for config in service["configs"].as_array().into_iter().flatten() {
+            let source = config["source"].as_str().unwrap();
+            if compose["configs"][source].get("content").is_some() {
+                assert_ne!(service["read_only"], true, "{name} is given {source}");
+                copied += 1;
+            }
+        }
+    }
+    assert!(copied > 0);
+    // `enqueue` keeps the list of its images in a file.
+    assert_eq!(services["cli"]["read_only"], true);
+    assert_eq!(services["cli"]["tmpfs"], json!(["/tmp"]));
 }
 
 #[test]

@@ -54,7 +54,7 @@ fn systemd_waits_longer_than_a_drain_takes() {
     let (_, rest) = unit.split_once("TimeoutStopSec=").unwrap();
     let seconds: u64 = rest.lines().next().unwrap().parse().unwrap();
     let settings = angler::config::Settings::load(None, &[]).unwrap();
-    assert!(seconds > settings.shutdown.grace_seconds);
+    assert!(seconds > settings.shutdown.grace_seconds + angler::app::AFTER_DRAIN.as_secs());
 }
 
 #[test]
