@@ -136,7 +136,11 @@ impl TelemetrySettings {
     fn check(&self) -> Result<(), SettingsError> {
         let Self { otlp_endpoint: endpoint, otlp_sample: sample, .. } = self;
         let rest = endpoint.strip_prefix("http://").or_else(|| endpoint.strip_prefix("https://"));
-        let usable = rest.is_some_and(|rest| !rest.is_empty() && !rest.starts_with(['/', ':']));
+        // The characters of RFC 3986.
+        let known = |c: char| c.is_ascii_alphanumeric() || "-._~:/?#[]@!$&'()*+,;=%".contains(c);
+        let usable = rest.is_some_and(|rest| {
+            !rest.is_empty() && !rest.starts_with(['/', ':']) && rest.chars().all(known)
+        });
         if !endpoint.is_empty() && !usable {
             // What has no @ has no password.
             let shown = if endpoint.contains('@') { redacted(endpoint) } else { endpoint.clone() };
@@ -433,8 +437,8 @@ fn path(text: &str) -> Option<PathBuf> {
 /// A URL without its password, for logs and messages.
 pub fn redacted(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return "(not a URL)".to_owned() };
-    let authority_end = rest.find(['/', '?']).unwrap_or(rest.len());
-    match rest[..authority_end].rfind('@') {
+    // The last `@` of all: a password that was not escaped may hold a `/` or a `?`.
+    match rest.rfind('@') {
         None => format!("{scheme}://{rest}"),
         Some(at) => {
             let user = rest[..at].split(':').next().unwrap_or_default();
@@ -565,7 +569,11 @@ mod tests {
     fn passwords_are_not_shown() {
         assert_eq!(redacted("amqp://u:p@ss@h:5672/v"), "amqp://u:***@h:5672/v");
         assert_eq!(redacted("amqp://h/v"), "amqp://h/v");
+        assert_eq!(redacted("http://u:p/w?d@h:4318/v1"), "http://u:***@h:4318/v1");
         assert_eq!(redacted("secret"), "(not a URL)");
+        // No URL holds a ^, and those who would say so quote it.
+        let message = refused("[telemetry]\notlp_endpoint = \"http://u:hunter2^@h:4318\"");
+        assert!(message.contains("otlp_endpoint") && !message.contains("hunter2"), "{message}");
         let message = refused("[telemetry]\notlp_endpoint = \"u:hunter2@h:4318\"");
         assert!(message.contains("otlp_endpoint") && !message.contains("hunter2"), "{message}");
         // Two slashes are missing.

@@ -8,6 +8,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::words::cut;
+
 /// Why one image has no label. Written in snake case into the result's `error.code`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -83,9 +85,9 @@ pub struct ImageError {
 }
 
 impl ImageError {
-    /// An error of this kind with a message for a person.
+    /// An error of this kind with a message for a person, of which at most 1,000 characters are kept.
     pub fn new(code: ImageErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self { code, message: bounded(message.into()) }
     }
 
     /// Whether another attempt at the same image may succeed, because the fault lies with the
@@ -93,6 +95,14 @@ impl ImageError {
     pub fn is_transient(&self) -> bool {
         self.code == ImageErrorCode::StorageUnavailable
     }
+}
+
+/// The most characters of a message. It may quote what it complains of, which may be megabytes long,
+/// and goes into a header of one frame, log lines and spans.
+const MESSAGE_CHARS: usize = 1000;
+
+fn bounded(message: String) -> String {
+    if message.len() <= MESSAGE_CHARS { message } else { cut(&message, MESSAGE_CHARS) }
 }
 
 /// Why a whole job failed. Written in snake case into the result's `error.code`.
@@ -158,9 +168,9 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// A failure of this kind with a message for a person.
+    /// A failure of this kind with a message for a person, of which at most 1,000 characters are kept.
     pub fn new(code: FailureCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self { code, message: bounded(message.into()) }
     }
 }
 

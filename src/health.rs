@@ -21,7 +21,13 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::{HeaderName, StatusCode, header};
 use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::classes::catalog::Catalog;
@@ -30,6 +36,13 @@ use crate::pipeline::Pipeline;
 
 /// How often the numbers are noted that rates are taken from.
 const NOTED: Duration = Duration::from_secs(2);
+
+/// How many connections are answered at once; further ones wait.
+const CONNECTIONS: usize = 64;
+/// The time of a connection, with its one request: who sends nothing holds a place no longer.
+const CONNECTION: Duration = Duration::from_secs(10);
+/// The pause when no connection can be accepted.
+const REFUSED: Duration = Duration::from_millis(100);
 
 /// What a worker is, once it knows.
 #[derive(Debug, Clone)]
@@ -208,13 +221,41 @@ pub async fn serve(
         .with_state(Arc::clone(&shown));
     let server = tokio::spawn(async move {
         tokio::select! {
-            ended = axum::serve(listener, routes) => if let Err(error) = ended {
-                tracing::error!("the HTTP server ended: {error}");
-            },
+            () = accept(listener, TowerToHyperService::new(routes)) => {}
             () = shown.note() => {}
         }
     });
     Ok((address, AbortOnDropHandle::new(server)))
+}
+
+/// Answers one request a connection, of [`CONNECTIONS`] at once, for as long as it lives.
+async fn accept(listener: TcpListener, routes: TowerToHyperService<Router>) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut answering = JoinSet::new();
+    loop {
+        // It is never closed.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        while answering.try_join_next().is_some() {}
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of files, mostly, until something is closed.
+                tracing::debug!("an HTTP connection could not be accepted: {error}");
+                tokio::time::sleep(REFUSED).await;
+                continue;
+            }
+        };
+        let routes = routes.clone();
+        answering.spawn(async move {
+            let _place = place;
+            let answered = http1::Builder::new()
+                .keep_alive(false)
+                .timer(TokioTimer::new())
+                .serve_connection(TokioIo::new(stream), routes);
+            // Who asks wrongly, or goes away, misses an answer.
+            let _ = timeout(CONNECTION, answered).await;
+        });
+    }
 }
 
 /// What is shown: a worker's state, and what it was a minute ago.
@@ -277,6 +318,8 @@ async fn ready(State(shown): State<Arc<Shown>>) -> (StatusCode, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
 
     async fn get(address: SocketAddr, path: &str) -> (u16, String) {
         let url = format!("http://{address}{path}");
@@ -287,6 +330,33 @@ mod tests {
             (answer.status().as_u16(), answer.body_mut().read_to_string().unwrap())
         });
         asked.await.unwrap()
+    }
+
+    /// What came on a connection until it was closed, after this was sent.
+    async fn exchanged(address: SocketAddr, request: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_sends_nothing_holds_a_place_for_a_while_and_nobody_up_for_ever() {
+        let readiness = Arc::new(Readiness::default());
+        let (address, _server) = serve("127.0.0.1:0", readiness).await.unwrap();
+        let began = tokio::time::Instant::now();
+        let asked = exchanged(address, "GET /livez HTTP/1.1\r\nHost: h\r\n\r\n").await;
+        assert!(asked.starts_with("HTTP/1.1 200 ") && asked.ends_with("alive\n"), "{asked}");
+        assert!(began.elapsed() < CONNECTION);
+        let mut idle = Vec::new();
+        for _ in 0..CONNECTIONS {
+            idle.push(TcpStream::connect(address).await.unwrap());
+        }
+        let asked = exchanged(address, "GET /livez HTTP/1.1\r\nHost: h\r\n\r\n").await;
+        assert!(asked.starts_with("HTTP/1.1 200 "), "{asked}");
+        assert!(began.elapsed() < 2 * CONNECTION, "{:?}", began.elapsed());
+        assert_eq!(exchanged(address, "GET /livez HTTP/1.1\r\nHo").await, "");
     }
 
     #[tokio::test]

@@ -266,6 +266,11 @@ impl Metrics {
         ImageInFlight(self)
     }
 
+    /// An image is in a step until the guard is dropped, also if it is given up there.
+    pub fn timed(&self, stage: Stage) -> Timed<'_> {
+        Timed { metrics: self, stage, clock: self.clock() }
+    }
+
     /// So much time of an image went by in a step.
     pub fn step(&self, stage: Stage, spent: Duration) {
         self.step_of(stage, spent, 1);
@@ -310,10 +315,10 @@ impl Metrics {
     }
 
     /// A session worked on a batch.
-    pub fn embedded(&self, spent: Duration, images: usize) {
+    pub fn embedded(&self, spent: Duration, answered: usize) {
         if self.on {
             self.busy_seconds.inc_by(spent.as_secs_f64());
-            self.step_of(Stage::Embed, spent, images);
+            self.step_of(Stage::Embed, spent, answered);
         }
     }
 
@@ -349,7 +354,10 @@ impl Metrics {
     pub fn job_failed(&self, job: &str, failure: &Failure) {
         if self.on {
             count(&self.job_failures, failure.code as usize);
-            self.recent.add(job, None, failure.code.as_str(), &failure.message);
+            // A run that somebody cancelled is no error, and has many jobs.
+            if failure.code != FailureCode::Cancelled {
+                self.recent.add(job, None, failure.code.as_str(), &failure.message);
+            }
         }
     }
 
@@ -419,6 +427,19 @@ impl Clock {
     /// How long it had run at that moment.
     pub fn spent_at(self, now: Instant) -> Duration {
         self.0.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
+}
+
+/// An image that is in a step.
+pub struct Timed<'a> {
+    metrics: &'a Metrics,
+    stage: Stage,
+    clock: Clock,
+}
+
+impl Drop for Timed<'_> {
+    fn drop(&mut self) {
+        self.metrics.step(self.stage, self.clock.spent());
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::engine::{Engine, Frame, Scored, SubmitError, Want};
 use crate::error::{ImageError, ImageErrorCode};
-use crate::metrics::{Metrics, Stage};
+use crate::metrics::{Clock, Metrics, Stage};
 use crate::outage::Outage;
 use crate::preprocess::{Decoded, PixelLimits, PixelSpec, decode_for};
 use crate::store::{ByteBudget, Fetched, ImageStore};
@@ -142,13 +142,7 @@ impl Pipeline {
 
     /// A fault of the store that may pass is waited out for a moment, within the image's time.
     async fn fetch(&self, uri: &str) -> Result<Fetched, ImageError> {
-        let clock = self.metrics().clock();
-        let fetched = self.fetch_patiently(uri).await;
-        self.metrics().step(Stage::Fetch, clock.spent());
-        fetched
-    }
-
-    async fn fetch_patiently(&self, uri: &str) -> Result<Fetched, ImageError> {
+        let _step = self.metrics().timed(Stage::Fetch);
         let mut tries = 0;
         loop {
             let fetched = self.store.fetch(uri, &self.budget).await;
@@ -173,25 +167,13 @@ impl Pipeline {
     /// a batch that closes waits for those who write. The decoder's place is held until then, so
     /// that no more decoded images wait than there are decoders.
     async fn decode(&self, fetched: Fetched) -> Result<Frame, SubmitError> {
-        let clock = self.metrics().clock();
+        let queued = self.metrics().timed(Stage::Queue);
         let decoder = Arc::clone(&self.decoders)
             .acquire_owned()
             .await
             .map_err(|_| ImageError::new(ImageErrorCode::Internal, "the decoders were closed"))?;
-        self.metrics().step(Stage::Queue, clock.spent());
-        let mut spent = Duration::ZERO;
-        let frame = self.decode_with(decoder, fetched, &mut spent).await;
-        self.metrics().step(Stage::Decode, spent);
-        frame
-    }
-
-    /// The time that decoding took, without waiting for a frame, is added to `spent`.
-    async fn decode_with(
-        &self,
-        decoder: OwnedSemaphorePermit,
-        fetched: Fetched,
-        spent: &mut Duration,
-    ) -> Result<Frame, SubmitError> {
+        drop(queued);
+        let spent = &mut Decoding { metrics: self.metrics(), spent: Duration::ZERO, since: None };
         let (spec, limits, engine) = (self.spec.clone(), self.pixel_limits, self.engine.clone());
         let decoded = self.on_a_decoder(decoder, spent, move || {
             let decoded = decode_for(&fetched.bytes, &spec, limits)?;
@@ -219,16 +201,17 @@ impl Pipeline {
     async fn on_a_decoder<T: Send + 'static>(
         &self,
         decoder: OwnedSemaphorePermit,
-        spent: &mut Duration,
+        spent: &mut Decoding<'_>,
         work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
     ) -> Result<(T, OwnedSemaphorePermit), ImageError> {
-        let (decoding, clock) = (Arc::clone(&self.decoding), self.metrics().clock());
+        let decoding = Arc::clone(&self.decoding);
+        spent.since = Some(self.metrics().clock());
         let done = tokio::task::spawn_blocking(move || {
             let _watched = decoding.enter();
             Ok((work()?, decoder))
         })
         .await;
-        *spent += clock.spent();
+        spent.pause();
         done.unwrap_or_else(|_| {
             let message = "the decoder panicked on this image";
             Err(ImageError::new(ImageErrorCode::Internal, message))
@@ -250,6 +233,28 @@ impl Pipeline {
                 ),
             )
         })
+    }
+}
+
+/// The time that an image is being decoded, without waiting for a frame; recorded at the end, also if
+/// the image is given up before.
+struct Decoding<'a> {
+    metrics: &'a Metrics,
+    spent: Duration,
+    /// While a decoder works on it.
+    since: Option<Clock>,
+}
+
+impl Decoding<'_> {
+    fn pause(&mut self) {
+        self.spent += self.since.take().map_or(Duration::ZERO, Clock::spent);
+    }
+}
+
+impl Drop for Decoding<'_> {
+    fn drop(&mut self) {
+        self.pause();
+        self.metrics.step(Stage::Decode, self.spent);
     }
 }
 

@@ -19,7 +19,12 @@ pub fn start(settings: &LogSettings) -> Result<(), String> {
     let directives = format!("{QUIET},{}", settings.level);
     let filter = EnvFilter::try_new(directives)
         .map_err(|e| format!("log.level = {:?}: {e}", settings.level))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // A line that cannot be written, on a full disk or into a pipe that nobody reads, is lost: said
+    // on the same standard error, that would be a panic.
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .log_internal_errors(false);
     let started = match settings.format {
         LogFormat::Json => {
             let started = builder.json().flatten_event(true).try_init();

@@ -7,3 +7,11 @@ pub(crate) fn plural<N: Display + PartialEq + From<u8>>(count: N, what: &str) ->
     let ending = if count == N::from(1) { "" } else { "s" };
     format!("{count} {what}{ending}")
 }
+
+/// At most so many characters of a text; an ellipsis says that there were more.
+pub(crate) fn cut(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}

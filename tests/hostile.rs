@@ -6,15 +6,18 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{Cursor, Write};
+use std::process::{Command, Stdio};
 
 use angler::classes::load::version_key;
 use image::codecs::gif::{GifEncoder, Repeat};
 use image::codecs::jpeg::JpegEncoder;
 use image::{Frame, RgbImage, RgbaImage};
 use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable, LongString};
 use serde_json::{Value, json};
-use support::{Broker, Bucket, Setup, Worker, tiny};
+use support::{Broker, Bucket, Setup, Worker, eventually, tiny};
 
 struct World {
     broker: Broker,
@@ -350,4 +353,71 @@ async fn messages_that_mean_harm_are_malformed_and_the_worker_goes_on() {
     assert!(verdicts[..7].iter().all(|verdict| verdict == "bad_uri"), "{verdicts:?}");
     assert_eq!(verdicts[7], "green");
     worker.ready().await;
+}
+
+/// A message whose complaint would quote all of it, and headers that fill a frame already: the copy
+/// among the dead letters must still fit into the broker's frames.
+#[tokio::test(flavor = "multi_thread")]
+async fn long_complaints_and_long_headers_settle_and_the_worker_goes_on() {
+    let world = World::new().await;
+    let mut worker = world.setup.start().await;
+    let client = world.broker.connect().await;
+    let mut results = client.consume("angler.results").await;
+    let quoted = json!({"images": "x".repeat(300_000), "classes": "colours"}).to_string();
+    for (id, header) in [("plain", None), ("note", Some("x-note")), ("trace", Some("traceparent"))]
+    {
+        let mut properties = BasicProperties::default().with_message_id(id.into());
+        if let Some(header) = header {
+            let mut headers = FieldTable::default();
+            let long = LongString::from("n".repeat(130_000));
+            headers.insert(header.into(), AMQPValue::LongString(long));
+            headers.insert("x-tenant".into(), AMQPValue::LongString("kept".into()));
+            properties = properties.with_headers(headers);
+        }
+        client.publish("angler.jobs", quoted.as_bytes(), properties).await;
+    }
+    let results = results.collect(3).await;
+    for result in results.values() {
+        let message = result.body["error"]["message"].as_str().unwrap();
+        assert!(message.starts_with("the message is not a job"), "{message}");
+        assert!(message.chars().count() <= 1001, "{} characters", message.chars().count());
+    }
+    for _ in 0..3 {
+        let letter = eventually("a dead letter", async || client.get("angler.dead").await).await;
+        assert_eq!(letter.header("angler-reason").as_deref(), Some("malformed_job"));
+        assert!(letter.header("angler-error").unwrap().ends_with('…'));
+        assert_eq!(letter.raw, quoted.as_bytes());
+        if letter.properties.message_id().as_ref().unwrap().as_str() != "plain" {
+            assert_eq!(letter.header("x-tenant").as_deref(), Some("kept"));
+        }
+    }
+    worker.signal("TERM");
+    assert!(worker.ended().await.success(), "{}", worker.log());
+    assert!(!worker.log().contains("x".repeat(2000).as_str()), "the log quotes all of it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_cannot_be_written_ends_no_worker() {
+    let mut world = World::new().await;
+    let client = world.broker.connect().await;
+    let mut results = None;
+    for format in ["text", "json"] {
+        world.setup.set("log.format", format);
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let mut child =
+            world.setup.command(&["worker"]).stdout(Stdio::null()).stderr(full).spawn().unwrap();
+        eventually("the worker's queue", async || world.broker.depth("angler.results")).await;
+        if results.is_none() {
+            results = Some(client.consume("angler.results").await);
+        }
+        let malformed = BasicProperties::default().with_message_id("malformed".into());
+        client.publish("angler.jobs", b"{", malformed).await;
+        client.job(&json!({"id": "good", "images": [world.good[1]], "classes": "colours@1"})).await;
+        let all = results.as_mut().unwrap().collect(2).await;
+        assert_eq!(verdicts(&all["good"].body), ["green"], "{format}");
+        let told = Command::new("kill").arg("-TERM").arg(child.id().to_string()).status().unwrap();
+        assert!(told.success());
+        let ended = eventually("the worker ends", async || child.try_wait().unwrap()).await;
+        assert!(ended.success(), "{format}: {ended}");
+    }
 }

@@ -205,7 +205,8 @@ impl Executor {
             Some(scores) => scores.map(Ran::Scored),
             None => self.embed(pixels, count).map(Ran::Embedded),
         };
-        self.shared.stats.embedded(started.elapsed(), count);
+        let last = matches!((&ran, count), (Ok(_), _) | (Err(EmbedError::Batch(_)), 1));
+        self.shared.stats.embedded(started.elapsed(), if last { count } else { 0 });
         if let Some(trace) = &self.trace {
             let name = if matches!(ran, Ok(Ran::Scored(_))) { "embed and score" } else { "embed" };
             let failed = ran.as_ref().err().map(ToString::to_string);

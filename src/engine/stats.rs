@@ -36,11 +36,12 @@ impl EngineStats {
         self.metrics.batch_closed(reason, images);
     }
 
-    /// An embedder worked on so many images, whatever came of it.
-    pub(super) fn embedded(&self, spent: Duration, images: usize) {
+    /// An embedder worked, and for so many images that was all: those of a run that is done again in
+    /// parts are counted there.
+    pub(super) fn embedded(&self, spent: Duration, answered: usize) {
         let nanos = u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
         self.embed_nanos.fetch_add(nanos, Ordering::Relaxed);
-        self.metrics.embedded(spent, images);
+        self.metrics.embedded(spent, answered);
     }
 
     /// Batches that closed for this reason.

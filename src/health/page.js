@@ -88,7 +88,7 @@
       fact('back end busy', minute.sessions_busy === null ? '–' : percent(minute.sessions_busy), backend ? times(backend.sessions, 'session') : 'not loaded'),
     ]);
 
-    say('waits', minute.waits_for ? WAITS[minute.waits_for] : 'No image in the last minute.');
+    say('waits', WAITS[minute.waits_for] || (minute.images_per_second ? 'Not known yet.' : 'No image in the last minute.'));
     const steps = minute.steps || {};
     fill('steps', STEPS.map(([step, name]) => bar(name, steps[step] || 0, percent(steps[step] || 0))));
 

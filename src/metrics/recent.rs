@@ -6,6 +6,8 @@ use std::time::SystemTime;
 
 use serde::Serialize;
 
+use crate::words::cut;
+
 /// How many are kept.
 const KEPT: usize = 20;
 /// The most characters of each text that are kept; the result has all of it.
@@ -43,10 +45,10 @@ impl Recent {
     pub(super) fn add(&self, job: &str, image: Option<&str>, code: &'static str, message: &str) {
         let entry = Entry {
             at: SystemTime::now(),
-            job: cut(job),
-            image: image.map(cut),
+            job: cut(job, LONGEST),
+            image: image.map(|uri| cut(uri, LONGEST)),
             code,
-            message: cut(message),
+            message: cut(message, LONGEST),
         };
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() == KEPT {
@@ -66,13 +68,6 @@ impl Recent {
             message: entry.message.clone(),
         });
         shown.collect()
-    }
-}
-
-fn cut(text: &str) -> String {
-    match text.char_indices().nth(LONGEST) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
     }
 }
 

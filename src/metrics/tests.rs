@@ -65,6 +65,16 @@ fn what_is_recorded_counts_once_and_in_its_place() {
 }
 
 #[test]
+fn a_cancelled_run_counts_and_drives_out_no_error() {
+    let metrics = Metrics::default();
+    metrics.job_failed("j", &Failure::new(FailureCode::RetriesExhausted, "no more"));
+    (0..100).for_each(|_| metrics.job_failed("j", &Failure::new(FailureCode::Cancelled, "run r")));
+    assert_eq!(metrics.recent().len(), 1);
+    let line = "angler_job_failures_total{code=\"cancelled\"} 100";
+    assert!(text(&metrics).contains(line));
+}
+
+#[test]
 fn what_is_off_records_nothing() {
     let metrics = Arc::new(Metrics::off());
     let job = metrics.job();

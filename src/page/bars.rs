@@ -6,6 +6,7 @@
 use std::fmt::Write;
 
 use super::{Html, count, escape};
+use crate::words::cut;
 
 /// Pixels of a row's name, of a bar and of what is between rows.
 const NAME: u32 = 20;
@@ -72,7 +73,7 @@ pub fn bars(title: &str, unit: &str, series: &[&str], rows: &[Bar], shape: Shape
             html,
             "<text class=\"label\" y=\"{}\">{}</text>",
             top + NAME - 6,
-            escape(&cut(&row.name))
+            escape(&cut(&row.name, NAME_CHARS))
         );
         match shape {
             Shape::Beside => beside(&mut html, series, row, top + NAME, longest),
@@ -158,13 +159,6 @@ fn number(value: f64) -> String {
         format!("{value:.2}")
     } else {
         "<0.01".to_owned()
-    }
-}
-
-fn cut(name: &str) -> String {
-    match name.char_indices().nth(NAME_CHARS) {
-        Some((end, _)) => format!("{}…", &name[..end]),
-        None => name.to_owned(),
     }
 }
 

@@ -7,6 +7,7 @@ use std::fmt::Write;
 
 use super::histogram::{Axis, BOTTOM, bars, number, ticks};
 use super::{Html, Series, count, escape, note};
+use crate::words::cut;
 
 /// Pixels of a row's name, of its plot and of what is between rows.
 const NAME: u32 = 18;
@@ -62,7 +63,7 @@ fn one(html: &mut String, row: &Spread, axis: &Axis, top: u32) {
         "<text class=\"label\" y=\"{}\">{}</text>\
          <text x=\"100%\" y=\"{0}\" text-anchor=\"end\">{}</text>",
         plot - 5,
-        escape(&cut(&row.series.name)),
+        escape(&cut(&row.series.name, NAME_CHARS)),
         count(row.series.total())
     );
     let _ = writeln!(html, "<line class=\"grid\" x2=\"100%\" y1=\"{floor}\" y2=\"{floor}\"/>");
@@ -82,13 +83,6 @@ fn one(html: &mut String, row: &Spread, axis: &Axis, top: u32) {
         NAME + PLOT,
         escape(&words(row))
     );
-}
-
-fn cut(name: &str) -> String {
-    match name.char_indices().nth(NAME_CHARS) {
-        Some((end, _)) => format!("{}…", &name[..end]),
-        None => name.to_owned(),
-    }
 }
 
 /// `cola: 1,200, half of them below 0.83`.

@@ -9,10 +9,11 @@ use super::ResultSink;
 use crate::amqp::publisher::{Published, Publisher};
 use crate::amqp::short;
 use crate::error::FatalError;
-use crate::job::{JobResult, RESULT_TYPE};
+use crate::job::{JobResult, MAX_ID_CHARS, RESULT_TYPE};
 use crate::metrics::Metrics;
 use crate::source::Reply;
 use crate::source::amqp::headers;
+use crate::words::cut;
 
 /// Publishes results and returns once they are confirmed.
 pub struct AmqpSink {
@@ -47,8 +48,7 @@ impl ResultSink for AmqpSink {
         let body = result
             .to_json()
             .map_err(|e| FatalError::Sink(format!("a result cannot be written as JSON: {e}")))?;
-        self.metrics.result(body.len());
-        let run = result.run.as_ref().map(|run| &run.id);
+        let run = result.run.as_ref().map(|run| cut(&run.id, MAX_ID_CHARS));
         let correlation = reply.correlation_id.as_deref().unwrap_or(&result.id);
         let mut notes: Vec<(&str, &str)> = Vec::new();
         if let Some(traceparent) = &reply.traceparent {
@@ -77,6 +77,7 @@ impl ResultSink for AmqpSink {
                 if self.publisher.publish(queue, &properties(&notes), &body).await
                     == Published::Confirmed
                 {
+                    self.metrics.result(body.len());
                     return Ok(());
                 }
                 tracing::warn!(job = result.id, run, queue, "reply_to names no queue");
@@ -85,6 +86,7 @@ impl ResultSink for AmqpSink {
             None => {}
         }
         self.publisher.publish_to_own(&self.results, &properties(&notes), &body).await;
+        self.metrics.result(body.len());
         Ok(())
     }
 }

@@ -48,6 +48,9 @@ const SUSPECT_RUNS: i64 = 3;
 /// comes back with the end of the connection.
 const GIVE_BACK: Duration = Duration::from_secs(5);
 
+/// The longest `traceparent` that is read and echoed. The standard's has 55 bytes; later ones may add to it.
+const TRACEPARENT_BYTES: usize = 512;
+
 /// Consumes the jobs queue.
 pub struct AmqpSource {
     options: AmqpOptions,
@@ -225,7 +228,9 @@ impl AmqpSource {
         let reply = Reply {
             to: text(properties.reply_to()).filter(|q| !q.is_empty()),
             correlation_id: text(properties.correlation_id()),
-            traceparent: headers.and_then(|headers| string_header(headers, "traceparent")),
+            traceparent: headers
+                .and_then(|headers| string_header(headers, "traceparent"))
+                .filter(|text| text.len() <= TRACEPARENT_BYTES),
         };
         let mut job = Job::parse(body, message_id.as_deref(), self.limits).map_err(|failure| {
             Unworkable { id: id_of_malformed(body, message_id.as_deref()), run: None, failure }

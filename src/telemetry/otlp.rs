@@ -10,7 +10,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Result, anyhow};
 use async_trait::async_trait;
 use bytes::Bytes;
 use hyper_rustls::HttpsConnectorBuilder;
@@ -136,7 +136,11 @@ fn exporter(settings: &TelemetrySettings) -> Result<(SpanExporter, Arc<State>)> 
         .with_endpoint(address(&settings.otlp_endpoint))
         .with_timeout(DEADLINE)
         .build()
-        .context("telemetry.otlp_endpoint")?;
+        // Its own words quote the address, which may hold a password.
+        .map_err(|_| {
+            let shown = redacted(&settings.otlp_endpoint);
+            anyhow!("telemetry.otlp_endpoint = {shown:?} is no URL that a collector can have")
+        })?;
     Ok((exporter, state))
 }
 

@@ -158,14 +158,15 @@ impl Core {
         let lost = delivery.lost.clone();
         let Underway { id, run, .. } = &underway;
         tokio::select! {
+            // First: what is lost is not given back as well.
             biased;
-            done = self.conclude(delivery, admitted, &underway) => done,
             () = lost.cancelled() => {
                 underway.lost();
                 let trace_id = underway.trace_id();
                 tracing::info!(job = id, run, trace_id, "let go: its connection is gone, so it is delivered again");
                 Ok(())
             }
+            done = self.conclude(delivery, admitted, &underway) => done,
         }
     }
 
@@ -209,19 +210,6 @@ impl Core {
             Outcome::Done { images, .. } => images.len(),
             Outcome::Failed { .. } => 1,
         };
-        let failed = matches!(outcome, Outcome::Failed { .. });
-        if let Outcome::Failed { error } = &outcome {
-            self.metrics().job_failed(&id, error);
-            underway.failed(error.code.as_str(), &error.message);
-            let (run, trace_id) = (&underway.run, underway.trace_id());
-            // Of a run that was cancelled there may be thousands; that it was is said once.
-            match error.code {
-                FailureCode::Cancelled => tracing::debug!(job = id, run, trace_id, "{error}"),
-                code => {
-                    tracing::warn!(job = id, run, trace_id, attempt, %code, "job failed: {error}");
-                }
-            }
-        }
         let finished_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
         let worker = self.options.name.clone();
         let result = JobResult { id, outcome, run, attempt, worker, finished_at };
@@ -230,6 +218,20 @@ impl Core {
         self.sink.publish(&result, &reply).await?;
         self.metrics().step_of(Stage::Publish, clock.spent(), images);
         drop(step);
+        let failed = matches!(result.outcome, Outcome::Failed { .. });
+        // Now that the broker has its result: one that is lost before that fails anew elsewhere.
+        if let Outcome::Failed { error } = &result.outcome {
+            self.metrics().job_failed(&result.id, error);
+            underway.failed(error.code.as_str(), &error.message);
+            let (job, run, trace_id) = (&result.id, &underway.run, underway.trace_id());
+            // Of a run that was cancelled there may be thousands; that it was is said once.
+            match error.code {
+                FailureCode::Cancelled => tracing::debug!(job, run, trace_id, "{error}"),
+                code => {
+                    tracing::warn!(job, run, trace_id, attempt, %code, "job failed: {error}");
+                }
+            }
+        }
         settle.settle(settlement.clone()).await;
         underway.settled(&settlement, failed);
         Ok(())

@@ -182,6 +182,7 @@ async fn one_bad_image_in_a_batch(embedder: FakeEmbedder, words: &str) {
     run.job("good", &["9,0,0", "0,9,0", "0,0,9", "9,0,0"]);
     run.finished().await;
     assert_eq!(run.batches()[0], 8, "all were in one batch");
+    assert_eq!(run.timed("embed"), 8, "each counts once, however often it ran");
     let bad = run.result("bad");
     assert_eq!(verdicts(&bad), ["red", "internal", "green", "blue"]);
     assert!(message(&entries(&bad)[1]).contains(words), "{bad:?}");

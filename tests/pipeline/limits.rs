@@ -98,6 +98,8 @@ async fn an_image_that_is_never_fetched_times_out_alone() {
     assert_eq!(verdicts(&result), ["red", "timeout", "green"]);
     let message = message(&entries(&result)[1]);
     assert_eq!(message, "not fetched within 10 s (limits.image_seconds)");
+    // What was given up took its time, too.
+    assert_eq!((run.timed("fetch"), run.timed("decode"), run.timed("embed")), (3, 2, 2));
     // A slow image is not a reason to try the job again.
     assert_eq!(run.settled(), [("a".to_owned(), Settlement::Ack)]);
 }

@@ -402,6 +402,14 @@ impl Running {
         self.batches.lock().unwrap().clone()
     }
 
+    /// How many images' time in a step was recorded.
+    pub fn timed(&self, step: &str) -> u64 {
+        let families = self.engine.metrics().gather();
+        let text = prometheus::TextEncoder::new().encode_to_string(&families).unwrap();
+        let line = format!("angler_step_seconds_count{{step=\"{step}\"}} ");
+        text.lines().find_map(|l| l.strip_prefix(&line)).unwrap().parse().unwrap()
+    }
+
     /// How many batches closed as full, by lingering, by draining.
     pub fn closed(&self) -> [u64; 3] {
         let stats: &EngineStats = self.engine.stats();

@@ -14,10 +14,33 @@ use crate::amqp::publisher::{Published, Publisher};
 use crate::amqp::topology::Topology;
 use crate::amqp::{DELIVERY_COUNT, DIED_AT, JOBS_QUEUE, again, short};
 use crate::source::{Settle, Settlement};
+use crate::words::cut;
 
 /// Counts attempts across retries; never begins with `x-`, which RabbitMQ keeps for itself.
 pub(super) const ATTEMPT: &str = "angler-attempt";
 const ERROR: &str = "angler-error";
+/// The most characters of it.
+const ERROR_CHARS: usize = 1000;
+
+/// The most bytes of a producer's headers that go on with its message. Headers are one frame (AMQP
+/// 0-9-1, 2.3.5.2), which a broker takes up to its `frame_max`, 128 KiB, and else closes the
+/// connection; ours have to fit in as well.
+const HEADERS: usize = 64 << 10;
+
+/// Roughly the bytes of a value on the wire.
+fn size(value: &AMQPValue) -> usize {
+    let table = |table: &FieldTable| -> usize {
+        table.inner().iter().map(|(key, value)| key.as_str().len() + size(value)).sum()
+    };
+    16 + match value {
+        AMQPValue::LongString(text) => text.as_bytes().len(),
+        AMQPValue::ShortString(text) => text.as_str().len(),
+        AMQPValue::ByteArray(bytes) => bytes.as_slice().len(),
+        AMQPValue::FieldArray(values) => values.as_slice().iter().map(size).sum(),
+        AMQPValue::FieldTable(inner) => table(inner),
+        _ => 0,
+    }
+}
 
 /// A message as it came, with the duty to settle it.
 pub(super) struct Message {
@@ -42,10 +65,26 @@ impl Message {
                 || key.starts_with("x-last-death-")
         };
         let headers = self.properties.headers().as_ref().map(FieldTable::inner);
+        let mut room = HEADERS;
+        let mut fits = |key: &ShortString, value: &AMQPValue| {
+            let bytes = key.as_str().len() + size(value);
+            let fits = bytes <= room;
+            if fits {
+                room -= bytes;
+            } else {
+                tracing::warn!(
+                    header = key.as_str(),
+                    bytes,
+                    "a header is too large to go on with its message"
+                );
+            }
+            fits
+        };
         let kept: BTreeMap<ShortString, AMQPValue> = headers
             .into_iter()
             .flatten()
             .filter(|(key, _)| !stripped(key.as_str()))
+            .filter(|(key, value)| fits(key, value))
             .map(|(key, value)| (key.clone(), value.clone()))
             .chain(own.iter().map(|(key, value)| (short(key), value.clone())))
             .collect();
@@ -84,7 +123,7 @@ impl Settle for Message {
             Settlement::Retry { delay, error } => {
                 let queue = self.topology.retry_queue(delay);
                 let attempt = AMQPValue::LongUInt(self.attempt.saturating_add(1));
-                let own = [(ATTEMPT, attempt), (ERROR, text(&error))];
+                let own = [(ATTEMPT, attempt), (ERROR, text(&cut(&error, ERROR_CHARS)))];
                 let copy = self.copy(&own);
                 let published = self.publisher.publish(&queue, &copy, &self.body).await;
                 if published == Published::Unroutable {
@@ -102,7 +141,7 @@ impl Settle for Message {
                     ("angler-reason", text(failure.code.as_str())),
                     ("angler-attempts", AMQPValue::LongUInt(self.attempt)),
                     (JOBS_QUEUE, text(&self.topology.jobs)),
-                    (ERROR, text(&failure.message)),
+                    (ERROR, text(&cut(&failure.message, ERROR_CHARS))),
                 ];
                 self.republish(&self.topology.dead, &own).await;
             }
