@@ -155,10 +155,31 @@ impl Reference {
 
 // Parity.
 
+/// The photo at this size. Not by `imageops::resize`, which would be compiled in here, and slow in a test's build.
+fn enlarged(photo: &image::RgbImage, width: u32, height: u32) -> image::RgbImage {
+    use fast_image_resize::images::{Image, ImageRef};
+    use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+    let source =
+        ImageRef::new(photo.width(), photo.height(), photo.as_raw(), PixelType::U8x3).unwrap();
+    let mut large = Image::new(width, height, PixelType::U8x3);
+    let filter = ResizeAlg::Convolution(FilterType::CatmullRom);
+    Resizer::new().resize(&source, &mut large, &ResizeOptions::new().resize_alg(filter)).unwrap();
+    image::RgbImage::from_raw(width, height, large.into_vec()).unwrap()
+}
+
+/// As a camera writes it: colours at half the resolution.
+fn camera_jpeg(image: &image::RgbImage) -> Vec<u8> {
+    let mut encoder = mozjpeg::Compress::new(mozjpeg::ColorSpace::JCS_RGB);
+    encoder.set_size(image.width() as usize, image.height() as usize);
+    encoder.set_quality(90.0);
+    encoder.set_fastest_defaults();
+    let mut encoder = encoder.start_compress(Vec::new()).unwrap();
+    encoder.write_scanlines(image.as_raw()).unwrap();
+    encoder.finish().unwrap()
+}
+
 #[test]
 fn large_photos_decoded_at_a_fraction_of_their_size_embed_as_if_decoded_whole() {
-    use image::ImageFormat::{Bmp, Jpeg};
-    use image::imageops;
     let model = load(DEFAULT);
     let limits = PixelLimits { max_pixels: 50_000_000 };
     let seen = |bytes: &[u8]| preprocess(bytes, &model.pixels, limits).unwrap().data.into_vec();
@@ -168,15 +189,12 @@ fn large_photos_decoded_at_a_fraction_of_their_size_embed_as_if_decoded_whole() 
         let (mut reduced, mut whole) = (Vec::new(), Vec::new());
         for file in files("samples/photos") {
             let photo = decode(&std::fs::read(&file).unwrap(), limits).unwrap();
-            let large = imageops::resize(&photo, width, height, imageops::FilterType::CatmullRom);
-            let written = |image: &image::RgbImage, format| {
-                let mut bytes = std::io::Cursor::new(Vec::new());
-                image.write_to(&mut bytes, format).unwrap();
-                bytes.into_inner()
-            };
-            let jpeg = written(&large, Jpeg);
+            let large = enlarged(&photo, width, height);
+            let jpeg = camera_jpeg(&large);
             reduced.push(seen(&jpeg));
-            whole.push(seen(&written(&decode(&jpeg, limits).unwrap(), Bmp)));
+            let mut bmp = std::io::Cursor::new(Vec::new());
+            decode(&jpeg, limits).unwrap().write_to(&mut bmp, image::ImageFormat::Bmp).unwrap();
+            whole.push(seen(&bmp.into_inner()));
         }
         let reduced = embeddings(embedder.as_mut(), &model, &reduced);
         let whole = embeddings(embedder.as_mut(), &model, &whole);
