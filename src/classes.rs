@@ -81,7 +81,7 @@ pub enum ClassesError {
 impl From<ClassesError> for JobError {
     fn from(error: ClassesError) -> Self {
         let code = match &error {
-            ClassesError::Unavailable(_) => return Self::Transient(error.to_string()),
+            ClassesError::Unavailable(_) => return Self::transient(error.to_string()),
             ClassesError::UnknownSet { .. } => FailureCode::UnknownClassSet,
             // A version that cannot be read is as good as none.
             ClassesError::UnknownVersion { .. } | ClassesError::Invalid { .. } => {

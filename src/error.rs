@@ -180,12 +180,19 @@ pub enum JobError {
     /// No further attempt can help: a `failed` result is published and the delivery acked.
     #[error("{0}")]
     Failed(#[from] Failure),
-    /// A later attempt may help: the job goes to a retry queue.
+    /// A later attempt may help: the job goes to a retry queue. Made by [`JobError::transient`].
     #[error("{0}")]
     Transient(String),
     /// The worker stops or has lost the delivery: it is given back as it came.
     #[error("given back: {0}")]
     Abandoned(&'static str),
+}
+
+impl JobError {
+    /// A failure that may pass, for this reason, of which at most 1,000 characters are kept.
+    pub fn transient(reason: impl Into<String>) -> Self {
+        Self::Transient(bounded(reason.into()))
+    }
 }
 
 /// The worker cannot go on. It exits non-zero and its deliveries stay unacked, so that another

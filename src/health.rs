@@ -22,7 +22,7 @@ use axum::extract::State;
 use axum::http::{HeaderName, StatusCode, header};
 use axum::routing::get;
 use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -250,7 +250,6 @@ async fn accept(listener: TcpListener, routes: TowerToHyperService<Router>) {
             let _place = place;
             let answered = http1::Builder::new()
                 .keep_alive(false)
-                .timer(TokioTimer::new())
                 .serve_connection(TokioIo::new(stream), routes);
             // Who asks wrongly, or goes away, misses an answer.
             let _ = timeout(CONNECTION, answered).await;

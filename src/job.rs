@@ -14,6 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 pub use self::embedding::{Embedding, decode_embedding};
 use self::object::Object;
 use crate::error::{Failure, FailureCode, ImageError};
+use crate::words::cut;
 
 /// AMQP property `type` of a job.
 pub const JOB_TYPE: &str = "classify.v1";
@@ -66,6 +67,13 @@ pub struct Run {
     pub jobs: u64,
     /// Which of them this one is, from 0.
     pub index: u64,
+}
+
+impl Run {
+    /// Its name for log lines and spans: the wire gives it no bound but the message's.
+    pub(crate) fn shown(&self) -> String {
+        cut(&self.id, MAX_ID_CHARS)
+    }
 }
 
 /// Limits that a message must keep.

@@ -19,9 +19,7 @@ use opentelemetry::{Context, KeyValue};
 
 use crate::embed::Backend;
 use crate::engine::batcher::CloseReason;
-use crate::job::MAX_ID_CHARS;
 use crate::source::Delivery;
-use crate::words::cut;
 
 /// Makes spans.
 pub struct Traces {
@@ -56,7 +54,7 @@ impl Traces {
             attributes.push(KeyValue::new("messaging.message.conversation_id", id));
         }
         if let Some(run) = run {
-            attributes.push(KeyValue::new("angler.run.id", cut(&run.id, MAX_ID_CHARS)));
+            attributes.push(KeyValue::new("angler.run.id", run.shown()));
         }
         if let Ok(job) = job {
             attributes.push(KeyValue::new("angler.job.images", count(job.images.len())));

@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // In tests a panic is the report.
 
+#[path = "../benches/common/photos.rs"]
+mod photos;
 mod support;
 
 use std::path::{Path, PathBuf};
@@ -167,17 +169,6 @@ fn enlarged(photo: &image::RgbImage, width: u32, height: u32) -> image::RgbImage
     image::RgbImage::from_raw(width, height, large.into_vec()).unwrap()
 }
 
-/// As a camera writes it: colours at half the resolution.
-fn camera_jpeg(image: &image::RgbImage) -> Vec<u8> {
-    let mut encoder = mozjpeg::Compress::new(mozjpeg::ColorSpace::JCS_RGB);
-    encoder.set_size(image.width() as usize, image.height() as usize);
-    encoder.set_quality(90.0);
-    encoder.set_fastest_defaults();
-    let mut encoder = encoder.start_compress(Vec::new()).unwrap();
-    encoder.write_scanlines(image.as_raw()).unwrap();
-    encoder.finish().unwrap()
-}
-
 #[test]
 fn large_photos_decoded_at_a_fraction_of_their_size_embed_as_if_decoded_whole() {
     let model = load(DEFAULT);
@@ -190,7 +181,7 @@ fn large_photos_decoded_at_a_fraction_of_their_size_embed_as_if_decoded_whole() 
         for file in files("samples/photos") {
             let photo = decode(&std::fs::read(&file).unwrap(), limits).unwrap();
             let large = enlarged(&photo, width, height);
-            let jpeg = camera_jpeg(&large);
+            let jpeg = photos::jpeg(&large, 75.0).unwrap();
             reduced.push(seen(&jpeg));
             let mut bmp = std::io::Cursor::new(Vec::new());
             decode(&jpeg, limits).unwrap().write_to(&mut bmp, image::ImageFormat::Bmp).unwrap();

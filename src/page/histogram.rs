@@ -9,6 +9,7 @@
 use std::fmt::Write;
 
 use super::{Html, count, escape, percent};
+use crate::words::cut;
 
 /// Pixels above the plot, for the marker's label.
 const TOP: u32 = 22;
@@ -234,10 +235,7 @@ fn mark(html: &mut String, axis: &Axis, value: f32, label: &str) {
 /// `threshold 0.35`; a long name is cut.
 fn marked(value: f32, label: &str) -> String {
     let value = number(value.into(), 0.001);
-    match label.char_indices().nth(LABEL) {
-        Some((end, _)) => format!("{}… {value}", &label[..end]),
-        None => format!("{label} {value}"),
-    }
+    format!("{} {value}", cut(label, LABEL))
 }
 
 /// Where a text at `x` percent hangs, so that near an end it stays in the picture.

@@ -9,11 +9,10 @@ use super::ResultSink;
 use crate::amqp::publisher::{Published, Publisher};
 use crate::amqp::short;
 use crate::error::FatalError;
-use crate::job::{JobResult, MAX_ID_CHARS, RESULT_TYPE};
+use crate::job::{JobResult, RESULT_TYPE, Run};
 use crate::metrics::Metrics;
 use crate::source::Reply;
 use crate::source::amqp::headers;
-use crate::words::cut;
 
 /// Publishes results and returns once they are confirmed.
 pub struct AmqpSink {
@@ -48,7 +47,8 @@ impl ResultSink for AmqpSink {
         let body = result
             .to_json()
             .map_err(|e| FatalError::Sink(format!("a result cannot be written as JSON: {e}")))?;
-        let run = result.run.as_ref().map(|run| cut(&run.id, MAX_ID_CHARS));
+        // Only for a warning, which is rare.
+        let run = || result.run.as_ref().map(Run::shown);
         let correlation = reply.correlation_id.as_deref().unwrap_or(&result.id);
         let mut notes: Vec<(&str, &str)> = Vec::new();
         if let Some(traceparent) = &reply.traceparent {
@@ -67,7 +67,7 @@ impl ResultSink for AmqpSink {
             Some(queue) if !self.allowed(queue) => {
                 tracing::warn!(
                     job = result.id,
-                    run,
+                    run = run(),
                     queue,
                     "reply_to is not allowed (amqp.reply_to_allow)"
                 );
@@ -80,7 +80,7 @@ impl ResultSink for AmqpSink {
                     self.metrics.result(body.len());
                     return Ok(());
                 }
-                tracing::warn!(job = result.id, run, queue, "reply_to names no queue");
+                tracing::warn!(job = result.id, run = run(), queue, "reply_to names no queue");
                 notes.push(("angler-reply-to-unroutable", queue));
             }
             None => {}

@@ -287,7 +287,7 @@ impl Core {
         if let Some(error) = transient.first() {
             let again = self.options.retry.delay_after(attempt).is_some();
             if again || transient.len() == entries.len() {
-                return Err(JobError::Transient(error.clone()));
+                return Err(JobError::transient(error.as_str()));
             }
         }
         let provenance = Provenance {

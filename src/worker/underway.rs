@@ -1,11 +1,10 @@
 //! A job that is underway, as others see it: a number of the metrics, a span, fields of log lines.
 
 use super::Core;
-use crate::job::MAX_ID_CHARS;
+use crate::job::Run;
 use crate::metrics::JobInFlight;
 use crate::source::{Delivery, Settlement};
 use crate::trace::{JobTrace, Step};
-use crate::words::cut;
 
 /// From a job's receipt to its settlement, however it ends.
 pub(super) struct Underway {
@@ -25,8 +24,7 @@ impl Underway {
         };
         Self {
             id: id.clone(),
-            // A run's name has no bound but the message's.
-            run: run.as_ref().map(|run| cut(&run.id, MAX_ID_CHARS)),
+            run: run.as_ref().map(Run::shown),
             in_flight: core.metrics().job(),
             trace: core.options.traces.as_ref().map(|traces| traces.job(delivery)),
         }

@@ -14,13 +14,10 @@ use crate::amqp::publisher::{Published, Publisher};
 use crate::amqp::topology::Topology;
 use crate::amqp::{DELIVERY_COUNT, DIED_AT, JOBS_QUEUE, again, short};
 use crate::source::{Settle, Settlement};
-use crate::words::cut;
 
 /// Counts attempts across retries; never begins with `x-`, which RabbitMQ keeps for itself.
 pub(super) const ATTEMPT: &str = "angler-attempt";
 const ERROR: &str = "angler-error";
-/// The most characters of it.
-const ERROR_CHARS: usize = 1000;
 
 /// The most bytes of a producer's headers that go on with its message. Headers are one frame (AMQP
 /// 0-9-1, 2.3.5.2), which a broker takes up to its `frame_max`, 128 KiB, and else closes the
@@ -29,15 +26,14 @@ const HEADERS: usize = 64 << 10;
 
 /// Roughly the bytes of a value on the wire.
 fn size(value: &AMQPValue) -> usize {
-    let table = |table: &FieldTable| -> usize {
-        table.inner().iter().map(|(key, value)| key.as_str().len() + size(value)).sum()
-    };
     16 + match value {
         AMQPValue::LongString(text) => text.as_bytes().len(),
         AMQPValue::ShortString(text) => text.as_str().len(),
         AMQPValue::ByteArray(bytes) => bytes.as_slice().len(),
         AMQPValue::FieldArray(values) => values.as_slice().iter().map(size).sum(),
-        AMQPValue::FieldTable(inner) => table(inner),
+        AMQPValue::FieldTable(table) => {
+            table.inner().iter().map(|(key, value)| key.as_str().len() + size(value)).sum()
+        }
         _ => 0,
     }
 }
@@ -123,7 +119,7 @@ impl Settle for Message {
             Settlement::Retry { delay, error } => {
                 let queue = self.topology.retry_queue(delay);
                 let attempt = AMQPValue::LongUInt(self.attempt.saturating_add(1));
-                let own = [(ATTEMPT, attempt), (ERROR, text(&cut(&error, ERROR_CHARS)))];
+                let own = [(ATTEMPT, attempt), (ERROR, text(&error))];
                 let copy = self.copy(&own);
                 let published = self.publisher.publish(&queue, &copy, &self.body).await;
                 if published == Published::Unroutable {
@@ -141,7 +137,7 @@ impl Settle for Message {
                     ("angler-reason", text(failure.code.as_str())),
                     ("angler-attempts", AMQPValue::LongUInt(self.attempt)),
                     (JOBS_QUEUE, text(&self.topology.jobs)),
-                    (ERROR, text(&cut(&failure.message, ERROR_CHARS))),
+                    (ERROR, text(&failure.message)),
                 ];
                 self.republish(&self.topology.dead, &own).await;
             }
