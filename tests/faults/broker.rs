@@ -120,8 +120,6 @@ async fn a_broker_that_is_killed_stopped_or_short_of_memory_is_outlived_and_no_j
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_that_outlasts_the_brokers_consumer_timeout_is_done_all_the_same() {
     let server = Server::rabbitmq("consumer_timeout = 3000\n");
-    // The broker looks every tick, a minute by default.
-    server.ctl(&["eval", "application:set_env(rabbit, channel_tick_interval, 1000)."]);
     let mut world = World::of(Broker::of(&server), &var("ANGLER_TEST_S3_ENDPOINT")).await;
     let endpoint = var("ANGLER_TEST_S3_ENDPOINT");
     let proxy = Proxy::new(endpoint.trim_start_matches("http://")).await;

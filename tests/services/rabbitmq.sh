@@ -69,8 +69,9 @@ configure() {
     echo "log.console = false"
     [[ ! -f $dir/extra.conf ]] || sed "s/@TLS@/$TLS/g" "$dir/extra.conf"
   } >"$dir/rabbitmq.conf"
-  # The same for the message counts of quorum queues; there is no key for it in rabbitmq.conf.
-  echo '[{rabbit, [{quorum_tick_interval, 500}]}].' >"$dir/advanced.config"
+  # The same for the message counts of quorum queues, and for how often consumer_timeout is checked (every minute by
+  # default). rabbitmq.conf has no keys for these.
+  echo '[{rabbit, [{quorum_tick_interval, 500}, {channel_tick_interval, 1000}]}].' >"$dir/advanced.config"
 }
 
 start_epmd() {

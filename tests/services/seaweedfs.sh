@@ -7,7 +7,8 @@
 #   seaweedfs.sh stop DIR    the same: an orderly end takes 15 s
 #   seaweedfs.sh env DIR     export lines for the tests
 #
-# Before `start`: with DIR/tls.crt and DIR/tls.key (PEM) it speaks HTTPS too, on port S3_HTTPS of DIR/ports.
+# DIR/s3.json holds the identities; a file that is there before `start` is kept, and SIGHUP to the process makes it read
+# the file again. Before `start`: with DIR/tls.crt and DIR/tls.key (PEM) it speaks HTTPS too, on port S3_HTTPS of DIR/ports.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -33,6 +34,9 @@ configure() {
   mkdir -p "$dir"/{data,log}
   pick_ports "$dir/ports" S3 S3_GRPC MASTER MASTER_GRPC VOLUME VOLUME_GRPC FILER FILER_GRPC S3_HTTPS
   load_ports
+  # A bucket's first object would otherwise create 7 volumes.
+  printf '[master.volume_growth]\ncopy_1 = 1\ncopy_2 = 1\ncopy_3 = 1\ncopy_other = 1\n' >"$dir/master.toml"
+  [[ ! -f $dir/s3.json ]] || return 0
   # One identity that may do everything, and one for tests of denied access: of all buckets it sees only `public`.
   cat >"$dir/s3.json" <<'JSON'
 {"identities": [
@@ -42,8 +46,6 @@ configure() {
    "actions": ["Read:public", "List:public"]}
 ]}
 JSON
-  # A bucket's first object would otherwise create 7 volumes.
-  printf '[master.volume_growth]\ncopy_1 = 1\ncopy_2 = 1\ncopy_3 = 1\ncopy_other = 1\n' >"$dir/master.toml"
 }
 
 start() {

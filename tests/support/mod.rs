@@ -9,6 +9,7 @@
 
 pub mod browser;
 pub mod proxy;
+pub mod raw;
 pub mod servers;
 pub mod tiny;
 
