@@ -32,6 +32,11 @@ find_sbin() {
   echo "$sbin"
 }
 
+# A RabbitMQ of rabbitmq4.sh brings its Erlang.
+use_its_erlang() {
+  [[ ! -d $sbin/../erlang ]] || export PATH=$sbin/../erlang:$PATH
+}
+
 # What the broker and rabbitmqctl read. Nothing of a system-wide RabbitMQ (/etc/rabbitmq, /var/lib/rabbitmq) is used.
 load_environment() {
   [[ -s $dir/ports ]] || die "$dir was never started"
@@ -110,6 +115,7 @@ serves() {
 case $command in
 start)
   sbin=$(find_sbin)
+  use_its_erlang
   pid_of "$dir" pid >/dev/null && exit 0
   configure
   start_epmd
@@ -133,6 +139,7 @@ env)
 sbin) find_sbin ;;
 ctl)
   sbin=$(find_sbin)
+  use_its_erlang
   load_environment
   exec "$sbin/rabbitmqctl" "$@"
   ;;

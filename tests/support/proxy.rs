@@ -32,6 +32,7 @@ pub struct Proxy {
     fault: watch::Sender<Fault>,
     cuts: watch::Sender<u64>,
     accepted: Arc<AtomicUsize>,
+    cut_answers: Arc<AtomicUsize>,
     _accepting: AbortOnDropHandle<()>,
 }
 
@@ -45,6 +46,8 @@ impl Proxy {
         let (faults, cut) = (fault.subscribe(), cuts.subscribe());
         let accepted = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&accepted);
+        let cut_answers = Arc::new(AtomicUsize::new(usize::MAX));
+        let left = Arc::clone(&cut_answers);
         let accepting = tokio::spawn(async move {
             // Ends with the listener: those that are open go with it.
             let mut open = tokio::task::JoinSet::new();
@@ -56,10 +59,19 @@ impl Proxy {
                     reset(&client);
                     continue;
                 }
-                open.spawn(pass(client, Arc::clone(&upstream), faults.clone(), cut.clone()));
+                let upstream = Arc::clone(&upstream);
+                let left = Arc::clone(&left);
+                open.spawn(pass(client, upstream, faults.clone(), cut.clone(), left));
             }
         });
-        Self { address, fault, cuts, accepted, _accepting: AbortOnDropHandle::new(accepting) }
+        Self {
+            address,
+            fault,
+            cuts,
+            accepted,
+            cut_answers,
+            _accepting: AbortOnDropHandle::new(accepting),
+        }
     }
 
     /// `127.0.0.1:port`.
@@ -82,6 +94,12 @@ impl Proxy {
         self.fault(Fault::default());
     }
 
+    /// Resets connections after `bytes` from the server, `times` in all.
+    pub fn cut_answers(&self, bytes: u64, times: usize) {
+        self.cut_answers.store(times, Ordering::SeqCst);
+        self.fault(Fault { cut_after: Some(bytes), ..Fault::default() });
+    }
+
     /// Resets all open connections.
     pub fn cut(&self) {
         self.cuts.send_modify(|cuts| *cuts += 1);
@@ -98,6 +116,7 @@ async fn pass(
     upstream: Arc<str>,
     faults: watch::Receiver<Fault>,
     mut cuts: watch::Receiver<u64>,
+    cut_answers: Arc<AtomicUsize>,
 ) {
     let Ok(server) = TcpStream::connect(&*upstream).await else { return reset(&client) };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
@@ -113,8 +132,8 @@ async fn pass(
         let _ = cuts.changed().await;
     };
     tokio::select! {
-        () = pump(from_client, to_server, faults.clone(), false) => {}
-        () = pump(from_server, to_client, faults.clone(), true) => {}
+        () = pump(from_client, to_server, faults.clone(), None) => {}
+        () = pump(from_server, to_client, faults.clone(), Some(&cut_answers)) => {}
         () = cut => {}
     }
 }
@@ -123,7 +142,7 @@ async fn pump(
     mut from: ReadHalf<TcpStream>,
     mut to: WriteHalf<TcpStream>,
     mut faults: watch::Receiver<Fault>,
-    of_server: bool,
+    cuts: Option<&AtomicUsize>,
 ) {
     let mut chunk = vec![0; 16 << 10];
     let mut passed = 0;
@@ -136,11 +155,20 @@ async fn pump(
         if let Some(rate) = fault.bytes_per_second {
             sleep(Duration::from_secs_f64(read as f64 / rate as f64)).await;
         }
-        let room = fault.cut_after.filter(|_| of_server).map(|after| after.saturating_sub(passed));
-        let part = room.map_or(read, |room| read.min(room as usize));
+        let room = fault.cut_after.map(|after| after.saturating_sub(passed) as usize);
+        let part = match (cuts, room) {
+            (Some(cuts), Some(room)) if room < read && one_less(cuts) => room,
+            _ => read,
+        };
         if to.write_all(&chunk[..part]).await.is_err() || part < read {
             return;
         }
         passed += part as u64;
     }
+}
+
+/// Takes one from the number; `false` if none is left.
+fn one_less(number: &AtomicUsize) -> bool {
+    let less = |left: usize| left.checked_sub(1);
+    number.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok()
 }
