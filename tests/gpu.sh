@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
 # A proof that runs anywhere: what angler does on a GPU, from a folder that needs neither cargo nor a network.
 #
-#   tests/gpu.sh bundle DIR [--library FILE] [--binary FILE] [--with-cuda] [--piece SIZE]
+#   tests/gpu.sh bundle DIR [--arch SM] [--part SIZE] [--library FILE] [--binary FILE] [--with-cuda]
 #       makes DIR: the program (benches/gpu, release build), the default model, sample images, and ONNX Runtime's GPU
-#       build from PyPI (250 MB). Files above SIZE (40m) lie there in pieces, with their sums, so that they fit any way
-#       of copying. --library takes this ONNX Runtime instead, --binary this program; --with-cuda puts CUDA 13's
-#       libraries and cuDNN in as well (1.3 GB), for a machine that has a driver and nothing else.
-#   tests/gpu.sh run DIR [ARGS...], or DIR/run.sh [ARGS...] in a copy of DIR
-#       joins the pieces, checks every sum, finds CUDA's libraries (LD_LIBRARY_PATH, DIR/cuda, or beside any Python's
-#       PyTorch), says which GPU there is, and runs the program; ARGS are its own: --only parity, --json FILE, --help.
-#       The last thing it prints is a table; the exit code is 1 if something wanted was missed.
+#       build from PyPI (250 MB), compressed, in parts DIR/1, DIR/2, … of at most SIZE (36M) each. --arch 90 keeps only
+#       the kernels for that GPU (90: H100 and H200, 80: A100, 89: L4 and L40), which makes three parts of seven.
+#       --library takes this ONNX Runtime instead, --binary this program; --with-cuda adds CUDA 13's libraries and cuDNN
+#       (1.3 GB), for a machine that has a driver and nothing else.
+#   DIR/N/run.sh take FOLDER
+#       on the machine with the GPU: keeps part N in FOLDER. Parts may arrive one at a time.
+#   FOLDER/run.sh [step 1|2|3] [ARGS...]
+#       checks and unpacks the parts, finds CUDA's libraries (LD_LIBRARY_PATH, FOLDER/cuda, or beside any Python's
+#       PyTorch), prints every version, and runs the program. Step 1: parity, ways and batches; step 2: fused, pipeline
+#       and swap; step 3: memory. Each keeps its results in FOLDER/step-N.json. Without a step everything runs; ARGS are
+#       the program's: --only parity, --json FILE, --help. The last thing it prints is a table; the exit code is 1 if
+#       something wanted was missed.
 #   tests/gpu.sh cpu [ARGS...]
 #       both, with ANGLER_TEST_ONNXRUNTIME (tests/services.sh) on the CPU, in a small size: a test of the proof itself.
 #
@@ -59,37 +64,52 @@ build() {
     sed -n '/"kind":\["bench"\]/s/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1
 }
 
-# What a bundle consists of is listed twice: SUMS has what is copied, JOINED what the pieces become.
-seal() (
+# seal FOLDER DIR SIZE EFFORT: FOLDER, compressed, as parts of at most SIZE bytes in DIR. Each part has the script and
+# the list of all parts, so that it says what is missing.
+seal() {
+  local folder=$1 dir=$2 piece number=0
+  tar --create --directory "$folder" --sort=name --owner=0 --group=0 . | xz "-$4" --threads=0 |
+    split --bytes="$3" --numeric-suffixes=1 --suffix-length=3 - "$dir/piece-"
+  (cd "$dir" && sha256sum piece-* >SUMS)
+  for piece in "$dir"/piece-*; do
+    number=$((number + 1))
+    mkdir "$dir/$number"
+    mv "$piece" "$dir/$number/"
+    cp "$dir/SUMS" "$dir/$number/"
+    cp "$here/gpu.sh" "$dir/$number/run.sh"
+  done
+  rm "$dir/SUMS"
+}
+
+# take FOLDER: keeps this part in FOLDER.
+take() {
+  mkdir -p "$1"
+  cp "$here"/{piece-*,SUMS,run.sh} "$1/"
+  say "$1 has $(find "$1" -name 'piece-*' | wc -l) of $(wc -l <"$1/SUMS") parts"
+}
+
+# unpack_parts FOLDER: once; a part that is damaged or missing is named.
+unpack_parts() (
   cd "$1"
-  find . -type f -size "+${2}c" -printf '%P\0' | sort -z | while IFS= read -r -d '' file; do
-    sha256sum "$file"
-    split --bytes="$2" --numeric-suffixes --suffix-length=3 "$file" "$file.piece-"
-    rm "$file"
-  done >JOINED
-  find . -type f ! -name SUMS -printf '%P\0' | sort -z | xargs -0 sha256sum >SUMS
+  [[ ! -f UNPACKED ]] || return 0
+  [[ -f SUMS ]] || die "$1 is no bundle: SUMS is missing"
+  sha256sum --quiet --check SUMS || die "a part is damaged or missing, see above: copy it again"
+  if command -v xz >/dev/null; then
+    cat piece-* | tar --extract --xz
+  else # Python brings its own.
+    cat piece-* | python3 -c 'import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode="r|xz").extractall()'
+  fi
+  touch UNPACKED
 )
 
-join() (
-  cd "$1"
-  [[ -f SUMS && -f JOINED ]] || die "$1 is no bundle: SUMS or JOINED is missing"
-  sha256sum --quiet --check SUMS || die "a file is damaged or missing, see above: copy it again"
-  while read -r sum file; do
-    if [[ ! -f $file ]] || ! sha256sum --status --check <<<"$sum  $file"; then
-      cat "$file".piece-* >"$file"
-      sha256sum --quiet --check <<<"$sum  $file" || die "the pieces of $file do not make it"
-    fi
-  done <JOINED
-  chmod +x bin/gpu # not every way of copying keeps that
-)
-
-bundle() {
-  local target='' library='' binary='' piece=40m with_cuda='' cache wheels
+bundle() (
+  local target='' library='' binary='' part=36M with_cuda='' arch='' cache folder wheels
   while (($#)); do
     case $1 in
+    --arch) arch=$2 && shift 2 ;;
     --library) library=$2 && shift 2 ;;
     --binary) binary=$2 && shift 2 ;;
-    --piece) piece=$2 && shift 2 ;;
+    --part) part=$2 && shift 2 ;;
     --with-cuda) with_cuda=1 && shift ;;
     -*) die "bundle knows no $1" ;;
     *) target=$1 && shift ;;
@@ -100,35 +120,42 @@ bundle() {
   [[ -f $root/Cargo.toml ]] || die 'a bundle is made in a checkout; this is one already: run.sh runs it'
   mkdir -p "$target"
   [[ -z $(ls -A "$target") ]] || die "$target is not empty"
-  piece=$(numfmt --from=iec "${piece^^}")
+  part=$(numfmt --from=auto "$part")
   [[ $binary ]] || binary=$(build)
   [[ -x $binary ]] || die "there is no program ${binary:-}: the build failed"
 
-  mkdir "$target"/{bin,lib,models,images}
-  cp "$binary" "$target/bin/gpu"
-  cp "$here/gpu.sh" "$target/run.sh"
-  mkdir "$target/models/efficientnet-lite0"
-  cp "$root"/models/efficientnet-lite0/{model.onnx,model.toml,LICENSE,NOTICE} "$target/models/efficientnet-lite0/"
-  cp -r "$root"/samples/{photos,fashion,SOURCES.md} "$target/images/"
+  folder=$(mktemp -d)
+  trap 'rm -rf "$folder"' EXIT
+  mkdir "$folder"/{bin,lib,models,images}
+  install -m 755 "$binary" "$folder/bin/gpu"
+  strip "$folder/bin/gpu" 2>/dev/null || true # a script is no program to strip
+  mkdir "$folder/models/efficientnet-lite0"
+  cp "$root"/models/efficientnet-lite0/{model.onnx,model.toml,LICENSE,NOTICE} "$folder/models/efficientnet-lite0/"
+  cp -r "$root"/samples/{photos,fashion,SOURCES.md} "$folder/images/"
   cache=$root/target/gpu-wheels
   if [[ $library ]]; then
     [[ -f $library ]] || die "there is no library $library"
     # With its execution providers, which it looks for beside itself.
-    cp -L "$(dirname "$library")"/libonnxruntime*.so* "$target/lib/"
+    cp -L "$(dirname "$library")"/libonnxruntime*.so* "$folder/lib/"
   else
     say "fetching onnxruntime-gpu $version"
     fetch "$cache" --no-deps "onnxruntime-gpu==$version"
-    unpack "$target/lib" 'onnxruntime/capi/libonnxruntime*.so*' "$cache/onnxruntime_gpu-$version"-*.whl
+    unpack "$folder/lib" 'onnxruntime/capi/libonnxruntime*.so*' "$cache/onnxruntime_gpu-$version"-*.whl
+  fi
+  if [[ $arch ]]; then
+    python3 "$here/gpu/one_architecture.py" "$folder/lib/libonnxruntime_providers_cuda.so" "$arch" >&2
   fi
   if [[ $with_cuda ]]; then
     say "fetching CUDA's libraries and cuDNN"
     fetch "$cache" "onnxruntime-gpu[cuda,cudnn]==$version"
     wheels=("$cache"/nvidia_*.whl)
-    unpack "$target/cuda" 'nvidia/*/lib/*.so*' "${wheels[@]}"
+    unpack "$folder/cuda" 'nvidia/*/lib/*.so*' "${wheels[@]}"
   fi
-  seal "$target" "$piece"
-  say "$target: $(du -sh "$target" | cut -f 1), $(find "$target" -name '*.piece-*' | wc -l) pieces; copy it, then run its run.sh"
-}
+  say 'compressing'
+  seal "$folder" "$target" "$part" "${ANGLER_GPU_XZ:-4}"
+  say "$target: $(du -sh --apparent-size "$target" | cut -f 1) in $(find "$target" -name 'piece-*' | wc -l) parts"
+  say 'on the machine with the GPU: PART/run.sh take FOLDER for each part, then FOLDER/run.sh'
+)
 
 # Folders with CUDA's libraries: those that come with a Python's PyTorch lie under nvidia/ in its packages.
 cuda_folders() {
@@ -151,41 +178,70 @@ cuda_folders() {
   done
 }
 
-run() {
-  local dir library libraries
-  dir=$(cd "$1" && pwd)
-  shift
-  join "$dir"
-  library=$(find "$dir/lib" -name 'libonnxruntime.so*' ! -name '*.piece-*' | sort | tail -n 1)
-  [[ $library ]] || die "no ONNX Runtime in $dir/lib"
-  libraries=$(cuda_folders "$dir" | paste -s -d :)
+# versions FOLDERS: driver, GPU, CUDA's libraries, cuDNN, ONNX Runtime.
+versions() {
   if command -v nvidia-smi >/dev/null; then
-    nvidia-smi --query-gpu=index,name,driver_version,memory.total,memory.used --format=csv >&2 || true
-    say "CUDA's libraries: ${libraries:-left to the system}"
+    nvidia-smi --query-gpu=index,name,compute_cap,driver_version,memory.total,memory.used --format=csv >&2 || true
+    nvidia-smi | grep -o 'CUDA Version: [0-9.]*' >&2 || true
   else
     say 'there is no nvidia-smi here'
   fi
-  LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+${libraries:+:}$LD_LIBRARY_PATH} exec "$dir/bin/gpu" \
-    --library "$library" --models "$dir/models" --images "$dir/images" "$@"
+  say "CUDA's libraries: ${1:-left to the system}"
+  # The packages of a Python say which versions they are.
+  tr : '\n' <<<"$1" | sed -n 's|/nvidia/[^/]*/lib$||p' | sort -u | while IFS= read -r packages; do
+    find "$packages" -maxdepth 1 -name 'nvidia_*.dist-info' -printf 'gpu: %f\n' | sed 's/\.dist-info$//' | sort >&2
+  done
+  say "ONNX Runtime: ${2##*/}"
+}
+
+# Everything of one step, and where it is kept.
+step() {
+  local number=$1 sections
+  shift
+  case $number in
+  1) sections=parity,ways,batches ;;
+  2) sections=fused,pipeline,swap ;;
+  3) sections=memory ;;
+  *) die "there is no step $number, only 1, 2 and 3" ;;
+  esac
+  run --only "$sections" --json "$here/step-$number.json" "$@"
+}
+
+run() {
+  local library libraries
+  unpack_parts "$here"
+  library=$(find "$here/lib" -name 'libonnxruntime.so*' | sort | tail -n 1)
+  [[ $library ]] || die "no ONNX Runtime in $here/lib"
+  libraries=$(cuda_folders "$here" | paste -s -d :)
+  versions "$libraries" "$library"
+  LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+${libraries:+:}$LD_LIBRARY_PATH} exec "$here/bin/gpu" \
+    --library "$library" --models "$here/models" --images "$here/images" "$@"
 }
 
 cpu() {
-  local dir
+  local dir part
   [[ ${ANGLER_TEST_ONNXRUNTIME:-} ]] || die 'ANGLER_TEST_ONNXRUNTIME is not set: eval "$(tests/services.sh up)" sets it'
   dir=$(mktemp -d)
   # shellcheck disable=SC2064 # the folder as it is now
   trap "rm -rf '$dir'" EXIT
-  bundle "$dir/bundle" --library "$ANGLER_TEST_ONNXRUNTIME"
-  "$dir/bundle/run.sh" --backend onnxruntime --quick "$@"
+  ANGLER_GPU_XZ=0 bundle "$dir/bundle" --library "$ANGLER_TEST_ONNXRUNTIME"
+  for part in "$dir"/bundle/*/; do
+    "$part/run.sh" take "$dir/proof"
+  done
+  "$dir/proof/run.sh" --backend onnxruntime --quick "$@"
 }
 
-# In a bundle the script has one thing to do.
+# In a bundle the script takes a part or runs the proof.
 if [[ $(basename "${BASH_SOURCE[0]}") == run.sh ]]; then
-  run "$here" "$@"
+  case ${1:-} in
+  take) (($# == 2)) || die 'take FOLDER: which folder?' && take "$2" ;;
+  step) (($# > 1)) || die 'step 1, 2 or 3?' && shift && step "$@" ;;
+  *) run "$@" ;;
+  esac
+  exit
 fi
 case ${1:-} in
 bundle) shift && bundle "$@" ;;
-run) (($# > 1)) || die 'run DIR: which folder?' && shift && run "$@" ;;
 cpu) shift && cpu "$@" ;;
 -h | --help) usage ;;
 *)

@@ -1,6 +1,6 @@
-//! `tests/gpu.sh`: a bundle is whole again where it is unpacked, and a damaged one is refused before
-//! anything of it runs. What runs here is a script in the program's place; `tests/gpu.sh cpu` runs the
-//! program.
+//! `tests/gpu.sh`: a bundle's parts are whole again where they are unpacked, and a damaged or missing
+//! one is refused before anything of it runs. What runs here is a script in the program's place;
+//! `tests/gpu.sh cpu` runs the program.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // In tests a panic is the report.
 
@@ -15,8 +15,8 @@ use support::repository;
 /// Says what it was given, where libraries are looked for, and what the library is.
 const PROGRAM: &str = "#!/bin/sh\n\
     echo \"arguments: $*\"\necho \"libraries: $LD_LIBRARY_PATH\"\nsha256sum <\"$2\"\n";
-/// Above it a file is in pieces.
-const PIECE: &str = "1m";
+/// The size of a part, in bytes.
+const PART: u64 = 1_000_000;
 
 /// What befalls a copy.
 type Change = fn(&Path);
@@ -42,10 +42,11 @@ impl Bundle {
         let made = Command::new(repository("tests/gpu.sh"))
             .arg("bundle")
             .arg(bundle.path())
-            .args(["--piece", PIECE, "--binary"])
+            .args(["--part", "1M", "--binary"])
             .arg(&program)
             .arg("--library")
             .arg(&bundle.library)
+            .env("ANGLER_GPU_XZ", "0")
             .output()
             .unwrap();
         assert!(made.status.success(), "{}", text(&made.stderr));
@@ -56,12 +57,22 @@ impl Bundle {
         self.folder.path().join("bundle")
     }
 
-    /// Runs a copy of it, changed before, from elsewhere.
+    /// The folders of its parts, in order.
+    fn parts(&self) -> Vec<PathBuf> {
+        (1..)
+            .map(|number| self.path().join(number.to_string()))
+            .take_while(|p| p.exists())
+            .collect()
+    }
+
+    /// Takes every part to a folder elsewhere, changes what is there, and runs it.
     fn run(&self, change: impl Fn(&Path), arguments: &[&str]) -> Output {
-        let copy = tempfile::tempdir().unwrap();
-        let at = copy.path().join("copy of it");
-        let copied = Command::new("cp").arg("-r").arg(self.path()).arg(&at).status().unwrap();
-        assert!(copied.success());
+        let elsewhere = tempfile::tempdir().unwrap();
+        let at = elsewhere.path().join("all of it");
+        for part in self.parts() {
+            let taken = Command::new(part.join("run.sh")).arg("take").arg(&at).output().unwrap();
+            assert!(taken.status.success(), "{}", text(&taken.stderr));
+        }
         change(&at);
         Command::new(at.join("run.sh"))
             .args(arguments)
@@ -77,19 +88,19 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-fn piece(bundle: &Path, number: usize) -> PathBuf {
-    bundle.join(format!("lib/libonnxruntime.so.1.0.0.piece-00{number}"))
+fn piece(folder: &Path, number: usize) -> PathBuf {
+    folder.join(format!("piece-{number:03}"))
 }
 
 #[test]
-fn a_bundle_is_joined_where_it_runs_and_a_damaged_one_is_refused() {
+fn parts_become_a_bundle_again_and_a_damaged_or_missing_one_is_refused() {
     let bundle = Bundle::new();
-    let at = bundle.path();
-    assert!(!at.join("lib/libonnxruntime.so.1.0.0").exists(), "it is there in pieces only");
-    assert_eq!([0, 1, 2, 3].map(|n| piece(&at, n).exists()), [true, true, true, false]);
-    let large = walkdir::WalkDir::new(&at).into_iter().map(|entry| entry.unwrap());
-    let large: Vec<_> = large.filter(|e| e.metadata().unwrap().len() > 1 << 20).collect();
-    assert!(large.iter().all(|entry| entry.file_type().is_dir()), "{large:?}");
+    let parts = bundle.parts();
+    assert!(parts.len() >= 3, "the library alone is 2.5 MB: {parts:?}");
+    for (at, part) in parts.iter().enumerate() {
+        let bytes = piece(part, at + 1).metadata().unwrap().len();
+        assert!(bytes == PART || at + 1 == parts.len() && bytes < PART, "{part:?}: {bytes}");
+    }
 
     // A Python's packages, with CUDA 13 and cuDNN among them.
     let packages = |at: &Path| {
@@ -97,11 +108,13 @@ fn a_bundle_is_joined_where_it_runs_and_a_damaged_one_is_refused() {
             std::fs::create_dir_all(at.join(format!("packages/nvidia/{library}/lib"))).unwrap();
         }
     };
-    let ran = bundle.run(packages, &["--only", "parity"]);
+    let ran = bundle.run(packages, &["step", "2", "--quick"]);
     let (out, log) = (text(&ran.stdout), text(&ran.stderr));
     assert!(ran.status.success(), "{log}");
     let [arguments, libraries, sum] = out.lines().collect::<Vec<_>>()[..] else { panic!("{out}") };
-    assert!(arguments.ends_with("/images --only parity"), "{out}");
+    assert!(arguments.contains("/images --only fused,pipeline,swap --json /"), "{out}");
+    assert!(arguments.ends_with("/step-2.json --quick"), "{out}");
+    assert!(log.contains("libonnxruntime.so.1.0.0"), "{log}");
     let found = ["packages/nvidia/cu13/lib:", "packages/nvidia/cudnn/lib:", ":/of/the/system"];
     assert!(found.iter().all(|folder| libraries.contains(folder)), "{out}");
     let whole = Command::new("sha256sum")
@@ -116,10 +129,7 @@ fn a_bundle_is_joined_where_it_runs_and_a_damaged_one_is_refused() {
         std::fs::write(piece(at, 1), bytes).unwrap();
     };
     let lose = |at: &Path| std::fs::remove_file(piece(at, 2)).unwrap();
-    // What is in no piece counts as well.
-    let cut = |at: &Path| std::fs::write(at.join("images/SOURCES.md"), "x").unwrap();
-    let changes: [(&str, Change); 3] =
-        [("piece-001", flip), ("piece-002", lose), ("SOURCES.md", cut)];
+    let changes: [(&str, Change); 2] = [("piece-001", flip), ("piece-002", lose)];
     for (named, change) in changes {
         let ran = bundle.run(change, &[]);
         let (out, log) = (text(&ran.stdout), text(&ran.stderr) + &text(&ran.stdout));
@@ -138,16 +148,51 @@ fn what_is_asked_wrongly_is_answered_with_what_to_do() {
     };
     let (code, help) = run(&["--help"]);
     assert_eq!(code, Some(0));
-    assert!(["bundle DIR", "run DIR", "cpu"].iter().all(|word| help.contains(word)), "{help}");
+    assert!(["bundle DIR", "take FOLDER", "cpu"].iter().all(|word| help.contains(word)), "{help}");
     for (arguments, words) in [
-        (&["run"][..], "which folder"),
-        (&["bundle"], "which folder"),
+        (&["bundle"][..], "which folder"),
         (&["bundle", "/", "--binary", "/bin/true"], "not empty"),
-        (&["run", "/usr"], "is no bundle"),
         (&["nothing"], "bundle DIR"),
     ] {
         let (code, output) = run(arguments);
         assert_eq!(code, Some(2), "{arguments:?}: {output}");
         assert!(output.contains(words), "{arguments:?}: {output}");
     }
+}
+
+/// A library as one_architecture.py reads it: kernels of two architectures among other bytes.
+#[test]
+fn a_library_keeps_the_kernels_of_one_architecture_and_its_size() {
+    let kernel = |architecture: u32, fill: u8| {
+        let mut entry = [2_u16.to_le_bytes(), 1_u16.to_le_bytes()].concat();
+        entry.extend(64_u32.to_le_bytes());
+        entry.extend(100_u64.to_le_bytes());
+        entry.resize(28, 0);
+        entry.extend(architecture.to_le_bytes());
+        entry.resize(64, 0);
+        entry.resize(164, fill);
+        entry
+    };
+    let kernels = [kernel(80, 0x80), kernel(90, 0x90), kernel(80, 0x81)].concat();
+    let mut library = vec![0x55; 1_000];
+    library.extend([0x50, 0xed, 0x55, 0xba, 1, 0, 16, 0]);
+    library.extend((kernels.len() as u64).to_le_bytes());
+    library.extend(&kernels);
+    library.extend(vec![0xaa; 1_000]);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("library.so");
+    let keep = |architecture: &str| {
+        std::fs::write(&path, &library).unwrap();
+        let script = repository("tests/gpu/one_architecture.py");
+        Command::new("python3").arg(script).arg(&path).arg(architecture).output().unwrap()
+    };
+    let kept = keep("90");
+    assert!(kept.status.success(), "{}", text(&kept.stderr));
+    let now = std::fs::read(&path).unwrap();
+    let of = |fill: u8| now.iter().filter(|byte| **byte == fill).count();
+    assert_eq!((now.len(), of(0x90), of(0x80), of(0x81)), (library.len(), 100, 0, 0));
+    assert_eq!((of(0x55), of(0xaa)), (1_001, 1_000), "nothing else is touched");
+    let none = keep("75");
+    assert!(!none.status.success());
+    assert!(text(&none.stderr).contains("no kernels for sm_75, only for sm_80, sm_90"));
 }

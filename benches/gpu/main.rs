@@ -1,9 +1,9 @@
 //! What scoring in the graph is worth on a GPU, and that it is right there: a proof that runs anywhere.
 //!
 //! ```sh
-//! tests/gpu.sh bundle target/gpu-bundle       # a folder with all that is needed, to be copied to a GPU machine
-//! target/gpu-bundle/run.sh --json proof.json  # there: neither cargo nor a network
-//! tests/gpu.sh cpu                            # here: the same program on the CPU provider, short
+//! tests/gpu.sh bundle target/gpu-bundle --arch 90   # parts to copy to a machine with an H100 or H200
+//! 1/run.sh take /tmp/proof; /tmp/proof/run.sh step 1   # there: neither cargo nor a network
+//! tests/gpu.sh cpu                                  # here: the same program on the CPU provider, short
 //! ```
 //!
 //! docs/gpu.md says what each line means. Each section opens its own back ends, so that one that fails
