@@ -11,6 +11,7 @@ pub mod inspect;
 pub mod pass;
 pub mod publisher;
 pub mod topology;
+pub mod turn;
 
 use std::future::poll_fn;
 use std::path::PathBuf;

@@ -24,10 +24,15 @@ pub(crate) async fn answer<T>(
     timeout(ANSWER, call).await.map_err(|_| silent)?.map_err(AmqpError::from)
 }
 
-/// Whether the broker said that there is no such queue. It has closed the channel then.
+/// `true` if the broker said that there is no such queue. It has closed the channel then.
+///
+/// A queue that exists but cannot be reached is `NOT_FOUND` as well ("home node … of durable queue … is
+/// down or inaccessible"), and is not missing: hence the words.
 pub(crate) fn is_missing(error: &AmqpError) -> bool {
     let AmqpError::Broker(error) = error else { return false };
-    refused(error).is_some_and(|(kind, _)| kind == AMQPSoftError::NOTFOUND)
+    refused(error).is_some_and(|(kind, words)| {
+        kind == AMQPSoftError::NOTFOUND && words.contains("no queue '")
+    })
 }
 
 /// Properties of a message that only asks whether its queue is there: it expires at once, and comes

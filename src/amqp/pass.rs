@@ -8,28 +8,25 @@
 //!
 //! At its end it gives them back a few at a time, so that their order stays.
 //!
-//! Two at once would each see only what the other does not hold. So a pass takes its turn: a queue
-//! named after the one that is read, exclusive to its connection, which the broker deletes with it.
-//! Whoever is killed in between loses nothing, since the broker gives back what was unacked.
+//! Two at once would each see only what the other does not hold. So a pass takes its [`Turn`]. A
+//! process that is killed in between loses nothing: the broker requeues what it had not acked.
 
 use std::time::Duration;
 
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicGetOptions, BasicNackOptions, QueueDeclareOptions};
-use lapin::protocol::AMQPSoftError;
-use lapin::types::FieldTable;
+use lapin::options::{BasicAckOptions, BasicGetOptions, BasicNackOptions};
 use lapin::{Channel, Connection};
 use tokio::time::{Instant, sleep};
 
 use super::ask::{answer, is_missing, look};
-use super::{AmqpError, AmqpOptions, close, connect, put, refused, short};
+use super::turn::{Turn, TurnError};
+use super::{AmqpError, AmqpOptions, close, connect, short};
 
 /// Messages that a pass holds unacked at most. The broker keeps a record of each, and one `get` a
 /// message takes a millisecond or two: the pass stays far below the broker's `consumer_timeout`.
 const WINDOW: usize = 100_000;
-/// How long to wait for one's turn, and between two looks.
+/// How long to wait for the turn.
 const TURN: Duration = Duration::from_secs(15);
-const LOOK: Duration = Duration::from_millis(100);
 /// Messages that are given back at once. A quorum queue forgets the order of more than 32 that come
 /// back together (seen on 3.10, also when the channel is just closed).
 const AT_ONCE: usize = 16;
@@ -165,26 +162,13 @@ async fn begin(connection: &Connection, queue: &str) -> Result<(Channel, u64), P
         Err(error) if is_missing(&error) => return Err(PassError::NoQueue(queue.to_owned())),
         looked => looked?,
     };
-    let is_locked =
-        |error: &lapin::Error| refused(error).is_some_and(|r| r.0 == AMQPSoftError::RESOURCELOCKED);
-    let turn = format!("{queue}.reader");
-    let end = Instant::now() + TURN;
-    loop {
-        // A refusal closes the channel, so each try has its own.
-        let trying = answer(connection.create_channel()).await?;
-        let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-        let mut arguments = FieldTable::default();
-        put(&mut arguments, "x-queue-type", "classic"); // Others cannot be exclusive.
-        match answer(trying.queue_declare(short(&turn), exclusive, arguments)).await {
-            Ok(_) => break,
-            Err(AmqpError::Broker(error)) if is_locked(&error) && Instant::now() < end => {}
-            Err(AmqpError::Broker(error)) if is_locked(&error) => {
-                let (queue, seconds) = (queue.to_owned(), TURN.as_secs());
-                return Err(PassError::Busy { queue, seconds });
-            }
-            Err(error) => return Err(error.into()),
+    // Held until the connection ends.
+    match Turn::take(connection, &format!("{queue}.reader"), TURN).await {
+        Err(TurnError::Busy { seconds, .. }) => {
+            return Err(PassError::Busy { queue: queue.to_owned(), seconds });
         }
-        sleep(LOOK).await;
+        Err(TurnError::Amqp(error)) => return Err(error.into()),
+        Ok(_) => {}
     }
     let unseen = look(&channel, queue).await?.ready;
     Ok((channel, unseen))
