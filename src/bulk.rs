@@ -1,9 +1,9 @@
 //! Bulk runs: many images as jobs that belong together, and their results in one file.
 //!
-//! A run has no database. What there is to know of it is in the broker: its results, in a queue of
-//! its own until they are collected, and the last job that was sent ([`queues`]). The list of its
-//! images is made anew from the same source by whoever continues it ([`spool`]), and recognised by
-//! its digest.
+//! A run has no database. The broker keeps what there is to know of it: the results, in a queue of
+//! the run's own until they are collected ([`queues`]), and how far it was sent ([`mark`]). A command
+//! that continues a run reads the list of images again from the same source ([`spool`]) and recognises
+//! the run by its digest.
 
 pub mod cancelled;
 pub mod collector;
@@ -11,6 +11,7 @@ pub mod embeddings;
 pub mod enqueuer;
 pub mod journal;
 pub mod manifest;
+pub mod mark;
 pub mod queues;
 mod reconnect;
 pub mod registry;

@@ -67,6 +67,10 @@ pub struct Run {
     pub jobs: u64,
     /// Which of them this one is, from 0.
     pub index: u64,
+    /// Tells this run from others that had the same id before. `None` if the producer does not
+    /// distinguish them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nonce: Option<String>,
 }
 
 impl Run {
@@ -572,7 +576,12 @@ mod tests {
             let result = JobResult {
                 id: "nightly/000017".into(),
                 outcome: Outcome::Done { provenance, images: vec![entry; count] },
-                run: Some(Run { id: "nightly".into(), jobs: u64::MAX, index: u64::MAX }),
+                run: Some(Run {
+                    id: "nightly".into(),
+                    jobs: u64::MAX,
+                    index: u64::MAX,
+                    nonce: None,
+                }),
                 attempt: u32::MAX,
                 worker: "host-1".into(),
                 finished_at: "2026-01-31T12:00:00.000Z".into(),

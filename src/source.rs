@@ -60,9 +60,9 @@ pub trait JobSource: Send {
 /// Knows which bulk runs were cancelled.
 #[async_trait]
 pub trait Cancellations: Send + Sync {
-    /// Whether a run was cancelled, so that its jobs are not worked on. What cannot be known now was
-    /// not. Answers within seconds.
-    async fn is_cancelled(&self, run: &str) -> bool;
+    /// `true` if a run was cancelled, so that its jobs are not worked on; `false` also if that cannot
+    /// be known now, or if the run has no nonce. Answers within seconds.
+    async fn is_cancelled(&self, run: &Run) -> bool;
 }
 
 /// One job on its way through the worker, and the duty to settle it exactly once.

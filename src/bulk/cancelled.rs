@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::queues::RunQueues;
 use crate::amqp::publisher::Publisher;
+use crate::job::Run;
 use crate::source::Cancellations;
 
 /// How long an answer counts.
@@ -25,7 +26,8 @@ pub struct CancelledRuns {
     publisher: Arc<Publisher>,
     /// The fleet's first queue of jobs.
     jobs: String,
-    /// Held while the broker is asked: of many jobs that come at once, one asks.
+    /// By the queue that is asked for. Held while the broker is asked: of many jobs that come at once,
+    /// one asks.
     known: Mutex<HashMap<String, Known>>,
 }
 
@@ -44,25 +46,31 @@ impl CancelledRuns {
 
 #[async_trait]
 impl Cancellations for CancelledRuns {
-    async fn is_cancelled(&self, run: &str) -> bool {
+    async fn is_cancelled(&self, run: &Run) -> bool {
+        let Some(RunQueues { cancelled: queue, .. }) = RunQueues::of_job(&self.jobs, run) else {
+            return false;
+        };
         let mut all = self.known.lock().await;
-        let before = all.get(run).copied();
+        let before = all.get(&queue).copied();
         if let Some(known) = before
             && known.at.elapsed() < FRESH
         {
             return known.is_cancelled;
         }
-        let queue = RunQueues::new(&self.jobs, run).cancelled;
-        // A broker that does not answer now is asked again for the next job.
-        let Some(is_cancelled) = self.publisher.has_queue(&queue).await else { return false };
-        if is_cancelled && !before.is_some_and(|known| known.is_cancelled) {
-            tracing::info!(run, "cancelled: its jobs end as failed, without being worked on");
+        let was_cancelled = before.is_some_and(|known| known.is_cancelled);
+        // Without an answer it is what it was: jobs do not wait for a broker that says nothing.
+        let is_cancelled = self.publisher.has_queue(&queue).await.unwrap_or(was_cancelled);
+        if is_cancelled && !was_cancelled {
+            tracing::info!(
+                run = run.shown(),
+                "run cancelled; failing its jobs without running them"
+            );
         }
         if all.len() >= KEPT {
             all.retain(|_, known| known.at.elapsed() < FRESH);
         }
         if all.len() < KEPT {
-            all.insert(run.to_owned(), Known { is_cancelled, at: Instant::now() });
+            all.insert(queue, Known { is_cancelled, at: Instant::now() });
         }
         is_cancelled
     }

@@ -10,6 +10,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::journal::Journal;
+use super::mark::{self, MarkError};
 use super::queues::RunQueues;
 use super::reconnect::{self, Failed, Reconnect};
 use super::result::line_of;
@@ -66,6 +67,12 @@ pub struct Until<'a> {
     pub stop: &'a CancellationToken,
     /// How long nothing may come, as long as this says so.
     pub silence: Duration,
+}
+
+impl From<MarkError> for Failed<CollectError> {
+    fn from(error: MarkError) -> Self {
+        Self::Connection(error.to_string())
+    }
 }
 
 impl From<std::io::Error> for Failed<CollectError> {
@@ -198,15 +205,16 @@ impl Taking<'_> {
     }
 
     /// Looks now and then whether the run was cancelled: then there are no more jobs than were sent.
-    async fn look(&mut self) -> Result<(), AmqpError> {
+    async fn look(&mut self) -> Result<(), MarkError> {
         if self.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
             return Ok(());
         }
         self.looked = Some(Instant::now());
         if self.queues.is_cancelled(&self.asking).await? {
             self.cancelled.get_or_insert_with(Instant::now);
-            let sent = self.queues.sent(self.connection).await?;
-            self.journal.only(sent.map_or(0, |sent| sent.run.index + 1));
+            if let Some(mark) = mark::read(self.connection, &self.queues.id).await? {
+                self.journal.only(mark.sent);
+            }
         }
         Ok(())
     }

@@ -1,34 +1,26 @@
-//! Sends the jobs of a run: in order, on one channel, confirms pipelined.
+//! Sends the jobs of a run.
 //!
-//! One channel, because the order is what makes a run resumable ([`super::queues`]), and one
-//! publisher on it, so that lapin cannot mix up tags. Whatever ends it, a signal, a lost connection or
-//! a kill, it goes on behind the last job that the broker has.
+//! Jobs are published in batches, each on a channel on which nothing else is in flight, and a batch
+//! counts once all its confirms are there: lapin hands a message that came back unroutable to some
+//! confirm of its channel, not to its own ([`crate::amqp::publisher`]). What the broker refused is
+//! published again. Only then does the run's [mark](super::mark) move. However the sending ends, the
+//! same command continues behind the last job that is known to be sent.
 
-use std::collections::VecDeque;
-use std::time::{Duration, SystemTime};
+mod sender;
+mod unsent;
 
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::types::{AMQPValue, FieldArray, FieldTable};
-use lapin::{BasicProperties, Channel, Confirmation, Connection, PublisherConfirm};
+use std::time::Duration;
+
 use sha2::{Digest, Sha256};
-use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::queues::{DIGEST, RunQueues, Sent};
+use self::sender::Sender;
+use super::mark::{Mark, MarkError};
 use super::reconnect::{Ended, Failed, Reconnect};
-use super::registry::{self, Begun};
 use super::spool::Images;
-use crate::amqp::ask::{answer, look_at};
+use crate::amqp::AmqpOptions;
 use crate::amqp::topology::Topology;
-use crate::amqp::{AmqpError, AmqpOptions, put, short};
-use crate::job::{ClassSelector, JOB_TYPE, Job, Run, hex};
-
-/// Jobs that were sent and are not confirmed.
-const IN_FLIGHT: usize = 256;
-/// How often the length of the queue is looked at, and whether the run was cancelled.
-const LOOK: Duration = Duration::from_millis(500);
-/// How long a broker that is away is waited for.
-const PATIENCE: Duration = Duration::from_secs(300);
+use crate::job::{ClassSelector, ImageRef, Job, Run, hex};
 
 /// What all jobs of a run have in common.
 #[derive(Debug, Clone)]
@@ -45,18 +37,21 @@ pub struct Plan {
     pub min_score: Option<f32>,
     /// Whether embeddings come back.
     pub embeddings: bool,
-    /// Nothing is sent while so many jobs wait in the queue.
+    /// Nothing is sent while this many jobs wait in the queue.
     pub max_queued: Option<u64>,
+    /// How long the broker may accept no job before the sending ends.
+    pub patience: Duration,
 }
 
 impl Plan {
-    /// How many jobs so many images make.
+    /// How many jobs `images` images make.
     pub fn jobs(&self, images: u64) -> u64 {
         images.div_ceil(self.per_job as u64)
     }
 
-    /// Job number `index` of `jobs`.
-    pub fn job(&self, index: u64, jobs: u64, images: Vec<crate::job::ImageRef>) -> Job {
+    /// Makes job number `index` of the run that `mark` is of.
+    pub fn job(&self, index: u64, mark: &Mark, images: Vec<ImageRef>) -> Job {
+        let (id, nonce) = (self.run.clone(), Some(mark.nonce.clone()));
         Job {
             id: format!("{}/{index}", self.run),
             images,
@@ -64,7 +59,7 @@ impl Plan {
             top_k: self.top_k,
             min_score: self.min_score,
             embeddings: self.embeddings,
-            run: Some(Run { id: self.run.clone(), jobs, index }),
+            run: Some(Run { id, jobs: mark.jobs, index, nonce }),
         }
     }
 
@@ -79,16 +74,20 @@ impl Plan {
     }
 }
 
-/// What is told while it goes on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What is told while jobs are sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// So many jobs are in the queue or were, counted from the run's first.
+    /// The run is there: it was begun now or before.
+    Begun(Mark),
+    /// This many of the run's jobs are in the queue or were.
     Sent(u64),
     /// Nothing is sent until the queue has become shorter.
     Full {
         /// Jobs that wait in it.
         queued: u64,
     },
+    /// The broker refuses jobs, which are sent again.
+    Refused,
     /// The run was cancelled: nothing more is sent.
     Cancelled,
 }
@@ -105,26 +104,80 @@ pub enum EnqueueError {
         run: String,
         /// Jobs of it that were sent.
         sent: u64,
-        /// Jobs that it was to have.
+        /// Jobs that it has.
         jobs: u64,
     },
-    /// The queue of jobs was deleted meanwhile.
-    #[error("the queue {0} does not exist any more")]
+    /// Another process sends it.
+    #[error(
+        "run {run} is being sent by {sender}: wait until that command ends. If its machine or network was lost, the broker notices within a few minutes, and the same command continues then"
+    )]
+    Busy {
+        /// The run's id.
+        run: String,
+        /// The other process.
+        sender: String,
+    },
+    /// Its mark is gone, or is another run's.
+    #[error(
+        "run {run} is gone from the broker after {sent} of {jobs} jobs were sent: its queues were deleted, or it was collected and its id used again"
+    )]
+    Gone {
+        /// The run's id.
+        run: String,
+        /// Jobs of it that were sent.
+        sent: u64,
+        /// Jobs that it has.
+        jobs: u64,
+    },
+    /// Not all jobs were sent.
+    #[error(
+        "{unsent} of {jobs} jobs of run {run} were not sent: {why}; the same command with --run {run} continues"
+    )]
+    Unsent {
+        /// The run's id.
+        run: String,
+        /// Jobs that the broker did not confirm.
+        unsent: u64,
+        /// Jobs that the run has.
+        jobs: u64,
+        /// What was in the way.
+        why: Obstacle,
+    },
+    /// What was sent before cannot be told.
+    #[error(transparent)]
+    Mark(#[from] MarkError),
+    /// The list of images could not be read again.
+    #[error("cannot read the list of images: {0}")]
+    Images(#[from] std::io::Error),
+    /// A job is not what it should be.
+    #[error("cannot write a job: {0}")]
+    Json(#[from] serde_json::Error),
+}
+
+/// What kept jobs from being sent.
+#[derive(Debug, thiserror::Error)]
+pub enum Obstacle {
+    /// The jobs queue accepted nothing for too long.
+    #[error(
+        "queue {queue} has refused jobs for {seconds} s (it is full, by a policy's max-length, or has no leader)"
+    )]
+    Refused {
+        /// The jobs queue.
+        queue: String,
+        /// For how long.
+        seconds: u64,
+    },
+    /// The jobs queue was deleted.
+    #[error("queue {0} was deleted, with all jobs that waited in it")]
     NoQueue(String),
-    /// The broker was away for too long.
-    #[error("the broker took nothing for {seconds} s: {reason}")]
+    /// The broker was down or refused everything for too long.
+    #[error("the broker accepted nothing for {seconds} s: {reason}")]
     Broker {
         /// For how long.
         seconds: u64,
         /// What it said last.
         reason: String,
     },
-    /// The list of images could not be read again.
-    #[error("the list of images cannot be read: {0}")]
-    Images(#[from] std::io::Error),
-    /// A job is not what it should be.
-    #[error("a job cannot be written: {0}")]
-    Json(#[from] serde_json::Error),
 }
 
 impl From<EnqueueError> for Failed<EnqueueError> {
@@ -133,18 +186,29 @@ impl From<EnqueueError> for Failed<EnqueueError> {
     }
 }
 
+impl From<MarkError> for Failed<EnqueueError> {
+    fn from(error: MarkError) -> Self {
+        match error {
+            MarkError::Unreadable { .. } => Self::Final(error.into()),
+            other => Self::Connection(other.to_string()),
+        }
+    }
+}
+
 /// Where the jobs go.
 #[derive(Clone, Copy)]
 pub struct Target<'a> {
     /// How the broker is reached.
     pub options: &'a AmqpOptions,
-    /// The queues around the one that takes the jobs.
+    /// The queues around the one that the jobs go to.
     pub topology: &'a Topology,
-    /// The fleet's first queue of jobs, which the runs' queues are named after.
+    /// The fleet's first jobs queue, which the runs' queues are named after.
     pub first: &'a str,
+    /// What this process is called, for the error of another that sends the same run.
+    pub sender: &'a str,
 }
 
-/// Sends what the broker does not have yet, and yields how many jobs of the run it has then: fewer
+/// Sends what the broker does not have yet, and returns how many of the run's jobs it has then: fewer
 /// than all only after `stop`, or if the run was cancelled.
 ///
 /// # Errors
@@ -152,207 +216,22 @@ pub struct Target<'a> {
 pub async fn enqueue(
     target: Target<'_>,
     plan: &Plan,
-    images: &mut Images,
+    images: &Images,
     stop: &CancellationToken,
-    mut seen: impl FnMut(Step),
+    seen: impl FnMut(Step),
 ) -> Result<u64, EnqueueError> {
-    let mut confirmed = 0;
-    let queues = RunQueues::new(target.first, &plan.run);
-    let sender = Sender { target, queues: &queues, plan, stop };
+    let mut sender = Sender::new(target, plan, images, stop, seen);
     let connections =
-        Reconnect { options: target.options, role: "enqueue", stop, patience: PATIENCE };
+        Reconnect { options: target.options, role: "enqueue", stop, patience: plan.patience };
     let ended = connections
-        .run(async |connection, progress| {
-            let told = |step: Step| {
-                *progress = Instant::now();
-                seen(step);
-            };
-            sender.send(connection, images, &mut confirmed, told).await
-        })
+        .run(async |connection, progress| sender.attempt(connection, progress).await)
         .await?;
     match ended {
-        Ended::Done(()) | Ended::Stopped => Ok(confirmed),
+        Ended::Done(()) | Ended::Stopped => Ok(sender.sent()),
         // Not an attempt's fault: nobody wants it any more.
-        Ended::Away(_) if stop.is_cancelled() => Ok(confirmed),
-        Ended::Away(reason) => Err(EnqueueError::Broker { seconds: PATIENCE.as_secs(), reason }),
-    }
-}
-
-struct Sender<'a> {
-    target: Target<'a>,
-    queues: &'a RunQueues,
-    plan: &'a Plan,
-    stop: &'a CancellationToken,
-}
-
-/// What is asked of the broker while jobs are sent.
-struct Asking<'a> {
-    connection: &'a Connection,
-    /// Confirms, and has nothing else in flight.
-    channel: Channel,
-    /// When it was looked last, and how many jobs there was room for.
-    looked: Option<(Instant, u64)>,
-}
-
-impl Asking<'_> {
-    /// Whether there is room for a job, by what was seen last and sent since.
-    fn has_room(&self) -> bool {
-        self.looked.is_some_and(|(at, room)| room > 0 && at.elapsed() < LOOK)
-    }
-}
-
-type Outcome<T> = Result<T, Failed<EnqueueError>>;
-
-impl Sender<'_> {
-    async fn send(
-        &self,
-        connection: &Connection,
-        images: &mut Images,
-        confirmed: &mut u64,
-        mut seen: impl FnMut(Step),
-    ) -> Outcome<()> {
-        let Self { target: Target { topology, .. }, queues, plan, stop } = self;
-        for mismatch in topology.declare(connection).await.map_err(AmqpError::from)? {
-            tracing::warn!("{mismatch}");
-        }
-        let channel = answer(connection.create_channel()).await?;
-        queues.declare(&channel).await?;
-        let (jobs, digest) = (plan.jobs(images.len()), plan.digest(images));
-        *confirmed = match queues.sent(connection).await? {
-            None => {
-                self.register(connection, jobs, images.len()).await?;
-                0
-            }
-            Some(Sent { run, digest: sent }) if sent == digest => run.index + 1,
-            Some(Sent { run, .. }) => {
-                let other =
-                    EnqueueError::Other { run: run.id, sent: run.index + 1, jobs: run.jobs };
-                return Err(other.into());
-            }
-        };
-        seen(Step::Sent(*confirmed));
-        let confirm = ConfirmSelectOptions::default();
-        answer(channel.confirm_select(confirm)).await?;
-        let asking = answer(connection.create_channel()).await?;
-        answer(asking.confirm_select(confirm)).await?;
-        let mut asking = Asking { connection, channel: asking, looked: None };
-        let properties = self.properties(&digest);
-        let mut waiting: VecDeque<PublisherConfirm> = VecDeque::with_capacity(IN_FLIGHT);
-        let first = *confirmed;
-        let unsent = images.jobs_from(first, plan.per_job).map_err(EnqueueError::from)?;
-        for (index, job) in (first..).zip(unsent) {
-            // What is not confirmed may not be in the queue yet, whose length is looked at.
-            let looks = plan.max_queued.is_some() && !asking.has_room();
-            let most = if looks { 1 } else { IN_FLIGHT };
-            while waiting.len() >= most {
-                self.confirm(&mut waiting, confirmed, &mut seen).await?;
-            }
-            if !self.may_send(&mut asking, &mut seen).await? || stop.is_cancelled() {
-                break;
-            }
-            let job = plan.job(index, jobs, job.map_err(EnqueueError::from)?);
-            let properties = properties.clone().with_message_id(short(&job.id));
-            let mandatory =
-                BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-            let body = serde_json::to_vec(&job).map_err(EnqueueError::from)?;
-            let publishing = channel.basic_publish(
-                "".into(),
-                short(&topology.jobs),
-                mandatory,
-                &body,
-                properties,
-            );
-            waiting.push_back(answer(publishing).await?);
-        }
-        while !waiting.is_empty() {
-            self.confirm(&mut waiting, confirmed, &mut seen).await?;
-        }
-        Ok(())
-    }
-
-    /// Puts the run on the list of runs.
-    async fn register(&self, connection: &Connection, jobs: u64, images: u64) -> Outcome<()> {
-        let Self { target, plan, .. } = self;
-        let begun = Begun {
-            run: plan.run.clone(),
-            jobs,
-            images,
-            classes: plan.classes.to_string(),
-            queue: target.topology.jobs.clone(),
-            at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
-        };
-        let channel = answer(connection.create_channel()).await?;
-        registry::add(&channel, target.first, &begun).await?;
-        answer(channel.close(200, "done".into())).await?;
-        Ok(())
-    }
-
-    fn properties(&self, digest: &str) -> BasicProperties {
-        let mut headers = FieldTable::default();
-        put(&mut headers, DIGEST, digest);
-        let copies = vec![AMQPValue::LongString(self.queues.sent.as_str().into())];
-        headers.insert(short("BCC"), AMQPValue::FieldArray(FieldArray::from(copies)));
-        BasicProperties::default()
-            .with_headers(headers)
-            .with_delivery_mode(2)
-            .with_type(JOB_TYPE.into())
-            .with_content_type("application/json".into())
-            .with_reply_to(short(&self.queues.results))
-    }
-
-    /// Waits for the oldest confirm.
-    async fn confirm(
-        &self,
-        waiting: &mut VecDeque<PublisherConfirm>,
-        confirmed: &mut u64,
-        seen: &mut impl FnMut(Step),
-    ) -> Outcome<()> {
-        let Some(oldest) = waiting.pop_front() else { return Ok(()) };
-        match answer(oldest).await? {
-            Confirmation::Ack(None) => {
-                *confirmed += 1;
-                seen(Step::Sent(*confirmed));
-                Ok(())
-            }
-            Confirmation::Ack(Some(_)) => {
-                Err(EnqueueError::NoQueue(self.target.topology.jobs.clone()).into())
-            }
-            _ => Err(Failed::Connection("the broker refused a job".to_owned())),
-        }
-    }
-
-    /// Waits until the queue of jobs is short enough; false if the run was cancelled.
-    async fn may_send(
-        &self,
-        asking: &mut Asking<'_>,
-        seen: &mut impl FnMut(Step),
-    ) -> Outcome<bool> {
-        loop {
-            if asking.has_room()
-                && let Some((_, room)) = &mut asking.looked
-            {
-                *room -= 1;
-                return Ok(true);
-            }
-            if self.queues.is_cancelled(&asking.channel).await? {
-                seen(Step::Cancelled);
-                return Ok(false);
-            }
-            let Some(most) = self.plan.max_queued else {
-                asking.looked = Some((Instant::now(), u64::MAX));
-                continue;
-            };
-            let jobs = look_at(asking.connection, &self.target.topology.jobs).await?;
-            let queued = jobs.map_or(0, |queue| queue.ready);
-            let room = most.saturating_sub(queued);
-            asking.looked = Some((Instant::now(), room));
-            if room == 0 {
-                seen(Step::Full { queued });
-                tokio::select! {
-                    () = sleep(LOOK) => {}
-                    () = self.stop.cancelled() => return Ok(true),
-                }
-            }
+        Ended::Away(_) if stop.is_cancelled() => Ok(sender.sent()),
+        Ended::Away(reason) => {
+            Err(sender.unsent(Obstacle::Broker { seconds: plan.patience.as_secs(), reason }))
         }
     }
 }

@@ -113,7 +113,7 @@ pub fn run_of(body: &[u8], run: &str) -> Option<Run> {
         Err(_) => {
             let only: OnlyId = serde_json::from_slice(body).ok()?;
             let (id, index) = only.id.rsplit_once('/')?;
-            Run { id: id.to_owned(), jobs: 0, index: index.parse().ok()? }
+            Run { id: id.to_owned(), jobs: 0, index: index.parse().ok()?, nonce: None }
         }
     };
     (found.id == run && found.index < MOST_JOBS && found.jobs <= MOST_JOBS).then_some(found)
@@ -283,7 +283,7 @@ mod tests {
         have.expect(130);
         assert_eq!(have.missing(), [(0, 129)]);
         for index in (0..130).filter(|index| ![0, 64, 65, 129].contains(index)) {
-            have.insert(&Run { id: String::new(), jobs: 130, index });
+            have.insert(&Run { id: String::new(), jobs: 130, index, nonce: None });
         }
         assert_eq!(have.missing(), [(0, 0), (64, 65), (129, 129)]);
         assert_eq!(have.count(), 126);

@@ -230,7 +230,7 @@ mod tests {
             false => Err(format!("{uri:?} is not an s3:// URI")),
         };
         read(text.as_bytes(), format, "list", &mut spool, check).map_err(|e| e.to_string())?;
-        let mut images = spool.finish().unwrap();
+        let images = spool.finish().unwrap();
         let all =
             images.jobs_from(0, 1000).unwrap().next().transpose().unwrap().unwrap_or_default();
         Ok(all.into_iter().map(|image| (image.uri, image.id)).collect())

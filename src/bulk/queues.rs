@@ -1,35 +1,31 @@
-//! What the broker keeps of a run.
+//! The names of what the broker keeps of a run.
 //!
-//! * `<base>.run.<id>`: its results, which its jobs name as `reply_to`, until they are collected.
-//! * `<base>.run.<id>.sent`: the last job that was sent, and no other: it keeps one message. Each job
-//!   is published once and routed to both queues by the broker (header `BCC`, an extension of
-//!   RabbitMQ's), in the order of one channel. So what is found here is exactly how far the run came,
-//!   wherever its enqueuing was ended.
-//! * `<base>.run.<id>.cancelled`: empty. The run is cancelled if it is there.
+//! A run is told from earlier ones with the same id by its nonce, which it gets when it begins. Every
+//! name has an `@`, which no run id can have, so the names of two runs never meet:
 //!
-//! The base is the first queue of jobs without `.jobs`, whichever queue the jobs go to.
+//! * `<base>.run.<id>@<nonce>`: the results until they are collected; the jobs name it as `reply_to`.
+//! * `<base>.run.<id>@<nonce>.cancelled`: empty. The run is cancelled if the queue exists.
+//! * `<base>.run.<id>@mark`: the run's [`mark`](super::mark), where anyone who has the id finds the nonce.
+//! * `<base>.run.<id>@reader`, `@sender` and `@collector`: [turns](crate::amqp::turn).
+//!
+//! The base is the first jobs queue without `.jobs`, whichever queue the run's jobs go to.
 
-use lapin::options::{
-    BasicGetOptions, BasicNackOptions, BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions,
-};
+use lapin::options::{BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Confirmation, Connection};
 
-use crate::amqp::ask::{Queue, answer, is_missing, look_at, question};
+use crate::amqp::ask::{Queue, answer, look_at, question};
 use crate::amqp::{AmqpError, put, short};
 use crate::job::Run;
 
-/// Header of a run's jobs: the digest of its images and of how they are sent.
-pub const DIGEST: &str = "angler-run-digest";
-
-/// The longest id of a run: with it a queue's name keeps to 255 bytes, and a job's id, the run's with
-/// its number behind it, to 200 characters.
+/// The longest run id: with it a queue's name keeps to 255 bytes, and a job's id, the run's with a
+/// number behind it, to 200 characters.
 pub const MAX_RUN_BYTES: usize = 128;
 
-/// How long a mark of cancelling is kept while nobody looks at it. By then its jobs are gone.
-const MARK: i64 = 7 * 24 * 3600 * 1000; // ms
+/// How long a cancel mark is kept. By then the run's jobs are gone.
+const CANCELLED: i64 = 7 * 24 * 3600 * 1000; // ms
 
-/// Checks a run's id: 1 to 128 of letters, digits, `.`, `_`, `-` and `/`.
+/// Checks a run id: 1 to 128 of letters, digits, `.`, `_`, `-` and `/`.
 ///
 /// # Errors
 /// A sentence that says what it may consist of.
@@ -44,80 +40,69 @@ pub fn check_run(id: &str) -> Result<(), String> {
     ))
 }
 
-/// What a fleet's other queues are named after: its first queue of jobs.
+/// What a fleet's other queues are named after: its first jobs queue.
 pub(super) fn base(jobs: &str) -> &str {
     jobs.strip_suffix(".jobs").unwrap_or(jobs)
 }
 
-/// The names of a run's queues.
+/// The names that belong to a run id. Runs that have the same id use them one after another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdQueues {
+    /// The run's id.
+    pub run: String,
+    /// Holds the run's mark.
+    pub mark: String,
+    /// The turn to read the mark.
+    pub reader: String,
+    /// The turn to send the run's jobs.
+    pub sender: String,
+    /// The turn to collect the run's results.
+    pub collector: String,
+}
+
+impl IdQueues {
+    /// Names those of `run` in the fleet whose first jobs queue is `jobs`.
+    pub fn new(jobs: &str, run: &str) -> Self {
+        let name = |what: &str| format!("{}.run.{run}@{what}", base(jobs));
+        let (mark, reader) = (name("mark"), name("reader"));
+        let (sender, collector) = (name("sender"), name("collector"));
+        Self { run: run.to_owned(), mark, reader, sender, collector }
+    }
+}
+
+/// The queues of one run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunQueues {
+    /// Those that it shares with other runs of its id.
+    pub id: IdQueues,
     /// Results.
     pub results: String,
-    /// The last job that was sent.
-    pub sent: String,
-    /// There if the run is cancelled.
+    /// Exists if the run is cancelled.
     pub cancelled: String,
 }
 
-/// How far a run came.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sent {
-    /// The last job that was sent.
-    pub run: Run,
-    /// As [`DIGEST`] says.
-    pub digest: String,
-}
-
 impl RunQueues {
-    /// Those of a run of the fleet whose first queue of jobs is `jobs`.
-    pub fn new(jobs: &str, run: &str) -> Self {
-        let results = format!("{}.run.{run}", base(jobs));
-        let (sent, cancelled) = (format!("{results}.sent"), format!("{results}.cancelled"));
-        Self { results, sent, cancelled }
+    /// Names those of a run in the fleet whose first jobs queue is `jobs`.
+    pub fn new(jobs: &str, run: &str, nonce: &str) -> Self {
+        let results = format!("{}.run.{run}@{nonce}", base(jobs));
+        let cancelled = format!("{results}.cancelled");
+        Self { id: IdQueues::new(jobs, run), results, cancelled }
     }
 
-    /// Declares those of results and of what was sent.
+    /// Names those of the run that a job says it belongs to; `None` if it does not say its nonce.
+    pub fn of_job(jobs: &str, run: &Run) -> Option<Self> {
+        Some(Self::new(jobs, &run.id, run.nonce.as_deref()?))
+    }
+
+    /// Declares the results queue.
     ///
     /// # Errors
     /// What the broker said.
-    pub async fn declare(&self, channel: &Channel) -> Result<(), AmqpError> {
-        let mut results = FieldTable::default();
-        put(&mut results, "x-queue-type", "quorum");
-        // Written out: from 4.0 on there is a limit of 20 unless another is declared, and a result
-        // is given back each time that its collecting is ended.
-        results.insert(short("x-delivery-limit"), AMQPValue::LongLongInt(1_000_000_000));
-        declare(channel, &self.results, results).await?;
-        declare(channel, &self.sent, only_one()).await
+    pub async fn declare_results(&self, channel: &Channel) -> Result<(), AmqpError> {
+        declare(channel, &self.results, kept()).await
     }
 
-    /// How far the run came; none if no job was sent. Looks and takes nothing.
-    ///
-    /// # Errors
-    /// What the broker said.
-    pub async fn sent(&self, connection: &Connection) -> Result<Option<Sent>, AmqpError> {
-        let channel = answer(connection.create_channel()).await?;
-        let by_hand = BasicGetOptions { no_ack: false };
-        let got = match answer(channel.basic_get(short(&self.sent), by_hand)).await {
-            Err(error) if is_missing(&error) => return Ok(None),
-            got => got?,
-        };
-        let Some(got) = got else { return Ok(None) };
-        let delivery = got.delivery;
-        let back = BasicNackOptions { requeue: true, multiple: false };
-        answer(channel.basic_nack(delivery.delivery_tag, back)).await?;
-        answer(channel.close(200, "done".into())).await?;
-        #[derive(serde::Deserialize)]
-        struct OnlyRun {
-            run: Run,
-        }
-        let headers = delivery.properties.headers().as_ref();
-        let digest = headers.and_then(|headers| crate::amqp::string_header(headers, DIGEST));
-        let job: Option<OnlyRun> = serde_json::from_slice(&delivery.data).ok();
-        Ok(job.map(|OnlyRun { run }| Sent { run, digest: digest.unwrap_or_default() }))
-    }
-
-    /// The results that wait; none if there is no such run.
+    /// Returns how many results wait and who consumes them; `None` if there is no results queue.
     ///
     /// # Errors
     /// What the broker said.
@@ -131,13 +116,13 @@ impl RunQueues {
     /// What the broker said.
     pub async fn cancel(&self, connection: &Connection) -> Result<(), AmqpError> {
         let channel = answer(connection.create_channel()).await?;
-        let mut arguments = only_one();
-        arguments.insert(short("x-expires"), AMQPValue::LongLongInt(MARK));
+        let mut arguments = kept();
+        arguments.insert(short("x-expires"), AMQPValue::LongLongInt(CANCELLED));
         declare(&channel, &self.cancelled, arguments).await?;
         answer(channel.close(200, "done".into())).await
     }
 
-    /// Whether the run is cancelled. `channel` confirms, and nothing else is in flight on it.
+    /// `true` if the run is cancelled. `channel` confirms, and nothing else is in flight on it.
     ///
     /// # Errors
     /// What the broker said.
@@ -147,35 +132,41 @@ impl RunQueues {
         let asking = async {
             channel.basic_publish("".into(), queue, mandatory, &[], question()).await?.await
         };
-        Ok(matches!(answer(asking).await?, Confirmation::Ack(None)))
+        // Only a queue that exists refuses a message.
+        Ok(matches!(answer(asking).await?, Confirmation::Ack(None) | Confirmation::Nack(None)))
     }
 
-    /// Deletes all, with what is in them.
+    /// Deletes all queues of the run, with what is in them.
     ///
     /// # Errors
     /// What the broker said.
     pub async fn delete(&self, connection: &Connection) -> Result<(), AmqpError> {
         let channel = answer(connection.create_channel()).await?;
-        // The results last: as long as they are there, the run is.
-        for name in [&self.sent, &self.cancelled, &self.results] {
+        // The mark last: as long as it is there, the id is taken.
+        for name in [&self.results, &self.cancelled, &self.id.mark] {
             answer(channel.queue_delete(short(name), QueueDeleteOptions::default())).await?;
         }
         answer(channel.close(200, "done".into())).await
     }
 }
 
-async fn declare(channel: &Channel, name: &str, arguments: FieldTable) -> Result<(), AmqpError> {
+pub(super) async fn declare(
+    channel: &Channel,
+    name: &str,
+    arguments: FieldTable,
+) -> Result<(), AmqpError> {
     let options = QueueDeclareOptions::durable();
     answer(channel.queue_declare(short(name), options, arguments)).await?;
     Ok(())
 }
 
-/// Arguments of a queue that keeps the last message alone.
-fn only_one() -> FieldTable {
+/// Arguments of a queue that loses nothing when a node does.
+pub(super) fn kept() -> FieldTable {
     let mut arguments = FieldTable::default();
-    put(&mut arguments, "x-queue-type", "classic"); // A quorum queue drops its head later.
-    arguments.insert(short("x-max-length"), AMQPValue::LongLongInt(1));
-    put(&mut arguments, "x-overflow", "drop-head");
+    put(&mut arguments, "x-queue-type", "quorum");
+    // Written out: from 4.0 on there is a limit of 20 unless another is declared, and a message is
+    // requeued each time that somebody looks at it.
+    arguments.insert(short("x-delivery-limit"), AMQPValue::LongLongInt(1_000_000_000));
     arguments
 }
 
@@ -184,13 +175,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_runs_queues_are_named_after_the_jobs_queue_and_the_run() {
-        let queues = RunQueues::new("angler.jobs", "nightly");
-        assert_eq!(
-            (&*queues.results, &*queues.sent, &*queues.cancelled),
-            ("angler.run.nightly", "angler.run.nightly.sent", "angler.run.nightly.cancelled")
-        );
-        assert_eq!(RunQueues::new("fleet-b", "n").results, "fleet-b.run.n");
+    fn names_of_two_runs_never_meet() {
+        let queues = RunQueues::new("angler.jobs", "nightly", "4f1d09a3c2be");
+        assert_eq!(queues.results, "angler.run.nightly@4f1d09a3c2be");
+        assert_eq!(queues.cancelled, "angler.run.nightly@4f1d09a3c2be.cancelled");
+        let names = IdQueues::new("angler.jobs", "nightly");
+        assert_eq!(queues.id, names);
+        assert_eq!(names.mark, "angler.run.nightly@mark");
+        assert_eq!(names.sender, "angler.run.nightly@sender");
+        // Whatever an id ends in, it has no `@`.
+        let other = RunQueues::new("angler.jobs", "nightly.cancelled", "4f1d09a3c2be");
+        assert_eq!(other.results, "angler.run.nightly.cancelled@4f1d09a3c2be");
+        assert!(check_run("nightly@4f1d09a3c2be").is_err());
+        assert_eq!(IdQueues::new("fleet-b", "n").mark, "fleet-b.run.n@mark");
     }
 
     #[test]
@@ -198,7 +195,7 @@ mod tests {
         for good in ["nightly", "2026-11-25T12.00/a_b", &"x".repeat(128)] {
             assert_eq!(check_run(good), Ok(()), "{good}");
         }
-        for bad in ["", "a b", "ä", "a*", "a\n", &"x".repeat(129)] {
+        for bad in ["", "a b", "ä", "a*", "a\n", "a@b", &"x".repeat(129)] {
             assert!(check_run(bad).is_err(), "{bad}");
         }
     }

@@ -156,7 +156,7 @@ pub fn line_of<'a>(
     }
     let id = message_id?;
     let index = id.strip_prefix(run)?.strip_prefix('/')?.parse().ok()?;
-    let of = Run { id: run.to_owned(), jobs: 0, index };
+    let of = Run { id: run.to_owned(), jobs: 0, index, nonce: None };
     let unreadable = match serde_json::from_slice::<IgnoredAny>(body) {
         Err(error) => error.to_string(),
         Ok(_) => "it does not say which job it is of".to_owned(),

@@ -100,8 +100,8 @@ impl Images {
     ///
     /// # Errors
     /// What the system said.
-    pub fn jobs_from(&mut self, job: u64, per_job: usize) -> std::io::Result<Jobs<'_>> {
-        self.file.seek(SeekFrom::Start(0))?;
+    pub fn jobs_from(&self, job: u64, per_job: usize) -> std::io::Result<Jobs<'_>> {
+        (&self.file).seek(SeekFrom::Start(0))?;
         let mut lines = BufReader::with_capacity(1 << 16, &self.file);
         let mut line = Vec::new();
         for _ in 0..job.saturating_mul(per_job as u64).min(self.images) {
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn jobs_are_read_from_any_number_on_and_hold_every_image_once() {
-        let mut images = spool(10);
+        let images = spool(10);
         assert_eq!((images.len(), images.first().len()), (10, SHOWN));
         for from in [0, 1, 3, 4, 9] {
             let jobs: Vec<Vec<ImageRef>> =
@@ -179,7 +179,7 @@ mod tests {
 
     #[test]
     fn no_images_are_no_jobs() {
-        let mut none = spool(0);
+        let none = spool(0);
         assert!(none.is_empty() && none.jobs_from(0, 3).unwrap().next().is_none());
     }
 }

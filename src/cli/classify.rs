@@ -118,7 +118,7 @@ impl Classify {
             top_k: self.top_k,
             min_score: self.min_score,
             embeddings: self.embeddings,
-            run: Some(Run { id: "classify".to_owned(), jobs, index: 0 }),
+            run: Some(Run { id: "classify".to_owned(), jobs, index: 0, nonce: None }),
         };
         let output = Output::open(self.out.as_deref())?;
         let bar = progress_bar(total, "images");

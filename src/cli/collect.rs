@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use self::files::{Files, Written, no_embeddings};
@@ -22,7 +23,8 @@ use crate::app::App;
 use crate::bulk::collector::{CollectError, Ended, Until, collect};
 use crate::bulk::embeddings::ids_path;
 use crate::bulk::journal::Journal;
-use crate::bulk::queues::{RunQueues, check_run};
+use crate::bulk::mark::{self, Mark};
+use crate::bulk::queues::{IdQueues, RunQueues, check_run};
 use crate::bulk::result::RunResult;
 use crate::shutdown;
 
@@ -74,11 +76,9 @@ impl Collect {
         let files = Files { out: &self.out, embeddings: self.embeddings_out.as_deref() };
         files.check()?;
         let stop = shutdown::on_signals("stopping").context("signals cannot be caught")?;
-        let queues = RunQueues::new(&app.settings.amqp.jobs_queue.first().queue, &self.run);
         let (run, limits, bar) =
             (self.run.as_str(), &self.limits, RunBar::new(&bars(), None, "done"));
-        let collecting =
-            Collecting { app, run, queues: &queues, files, expected: None, limits, bar };
+        let collecting = Collecting { app, run, files, expected: None, limits, bar };
         collecting.run(&stop).await?.tell(self.json)
     }
 }
@@ -87,7 +87,6 @@ impl Collect {
 pub(super) struct Collecting<'a> {
     pub app: &'a App,
     pub run: &'a str,
-    pub queues: &'a RunQueues,
     pub files: Files<'a>,
     /// How many jobs and images it has, if that is known.
     pub expected: Option<(u64, u64)>,
@@ -96,10 +95,11 @@ pub(super) struct Collecting<'a> {
 }
 
 impl<'a> Collecting<'a> {
-    /// Collects while `sending` goes on.
+    /// Collects while `sending` sends the run, from when it has `begun`.
     pub(super) async fn beside<T, E>(
         self,
         sending: impl Future<Output = Result<T, E>>,
+        begun: oneshot::Receiver<Mark>,
         stop: &CancellationToken,
     ) -> (Result<T, E>, Result<Collected<'a>>) {
         // Ends the collecting when the sending failed: then the run will not be complete.
@@ -111,24 +111,31 @@ impl<'a> Collecting<'a> {
             }
             sent
         };
-        // The run's queues are declared by the sender as well; declaring is idempotent.
         let collecting = async {
-            self.declare().await?;
-            self.run(&end).await
+            // Without it there is nothing to collect, and the sending says why.
+            let mark = begun.await.context("the run was not begun")?;
+            self.take(Some(mark), &end).await
         };
         tokio::join!(sending, collecting)
     }
 
-    async fn declare(&self) -> Result<()> {
-        let connection = connect(&self.app.settings.amqp_options("collect"), "collect").await?;
-        let channel = connection.create_channel().await?;
-        let declared = self.queues.declare(&channel).await;
-        crate::amqp::close(&connection).await;
-        Ok(declared?)
+    fn names(&self) -> IdQueues {
+        IdQueues::new(&self.app.settings.amqp.jobs_queue.first().queue, self.run)
     }
 
     pub(super) async fn run(self, stop: &CancellationToken) -> Result<Collected<'a>> {
-        let Self { app, run, queues, files, expected, limits, bar } = self;
+        let connection = connect(&self.app.settings.amqp_options("collect"), "collect").await?;
+        let mark = mark::read(&connection, &self.names()).await;
+        crate::amqp::close(&connection).await;
+        self.take(mark?, stop).await
+    }
+
+    async fn take(self, mark: Option<Mark>, stop: &CancellationToken) -> Result<Collected<'a>> {
+        let names = self.names();
+        let Self { app, run, files, expected, limits, bar } = self;
+        let queues = mark.as_ref().map(|mark| {
+            RunQueues::new(&app.settings.amqp.jobs_queue.first().queue, run, &mark.nonce)
+        });
         let options = app.settings.amqp_options("collect");
         let path = Journal::path(files.out, run);
         let mut journal = Journal::open(&path, run).with_context(|| path.display().to_string())?;
@@ -139,10 +146,7 @@ impl<'a> Collecting<'a> {
                 Ok::<_, std::io::Error>(())
             })
         })?;
-        let connection = connect(&options, "collect").await?;
-        let sent = queues.sent(&connection).await;
-        crate::amqp::close(&connection).await;
-        let jobs = expected.map(|(jobs, _)| jobs).or(sent?.map(|sent| sent.run.jobs));
+        let jobs = expected.map(|(jobs, _)| jobs).or(mark.map(|mark| mark.jobs));
         if let Some(jobs) = jobs {
             journal.expect(jobs);
         }
@@ -165,12 +169,18 @@ impl<'a> Collecting<'a> {
         let before = summary.images;
         let until = Until { stop, silence: Duration::from_secs(limits.silence) };
         let most = limits.max_failure_rate;
-        let ended = collect(&options, queues, run, &mut journal, until, |line| {
-            summary.add(RunResult::read(line, run));
-            told(&summary);
-            most.is_none_or(|most| !summary.exceeds(most)) && !lacking(&summary)
-        });
-        let ended = match ended.await {
+        let ended = match &queues {
+            Some(queues) => {
+                let seen = |line: &[u8]| {
+                    summary.add(RunResult::read(line, run));
+                    told(&summary);
+                    most.is_none_or(|most| !summary.exceeds(most)) && !lacking(&summary)
+                };
+                collect(&options, queues, run, &mut journal, until, seen).await
+            }
+            None => Err(CollectError::NoRun { run: run.to_owned(), queue: names.mark }),
+        };
+        let ended = match ended {
             // Everything was written by a command that was ended before it could say so.
             Err(CollectError::NoRun { .. }) if journal.have().is_complete() => Ended::Complete,
             // Nothing of this run was ever here: leave nothing behind.
@@ -199,10 +209,12 @@ impl<'a> Collecting<'a> {
         }
         let planned = journal.have().planned().unwrap_or(0);
         let written = tokio::task::block_in_place(|| files.write(&mut journal, run, &summary))?;
-        let connection = connect(&options, "collect").await?;
-        let deleted = queues.delete(&connection).await;
-        crate::amqp::close(&connection).await;
-        deleted?;
+        if let Some(queues) = queues {
+            let connection = connect(&options, "collect").await?;
+            let deleted = queues.delete(&connection).await;
+            crate::amqp::close(&connection).await;
+            deleted?;
+        }
         journal.remove()?;
         let cancelled = (ended == Ended::Cancelled).then_some(planned);
         Ok(Collected { summary, files, written: Ok(written), cancelled })

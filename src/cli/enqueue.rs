@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use serde_json::json;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use super::UsageError;
@@ -19,7 +20,7 @@ use crate::amqp::topology::Topology;
 use crate::app::App;
 use crate::bulk::enqueuer::{Plan, Step, Target, enqueue};
 use crate::bulk::manifest::Format;
-use crate::bulk::queues::{RunQueues, check_run};
+use crate::bulk::queues::check_run;
 use crate::bulk::spool::Images;
 use crate::classes::load::version_key;
 use crate::classes::publish::read_active;
@@ -29,8 +30,9 @@ use crate::shutdown;
 /// Send the images of an S3 prefix or of a list as the jobs of one run
 ///
 /// The jobs go to the first queue of amqp.jobs_queue, and their results to a queue of the run's own,
-/// for `angler collect`. Interrupted in whatever way, the same command with the same --run goes on behind
-/// the last job that was sent: no job is sent twice.
+/// for `angler collect`. However it was interrupted, the same command with the same --run continues behind
+/// the last job that the broker is known to have. After a kill or a lost connection a few jobs may be sent
+/// twice; `angler collect` counts each once.
 #[derive(Args)]
 pub struct Enqueue {
     /// s3://bucket/prefix, a list of s3:// URIs (.txt, .csv, .jsonl, .parquet; a file or in S3), or - for a
@@ -68,9 +70,12 @@ pub struct Enqueue {
     /// How the list is written [default: by its ending; text on standard input]
     #[arg(long, value_enum, value_name = "FORMAT")]
     format: Option<Format>,
-    /// Send nothing while so many jobs wait in the queue
+    /// Send nothing while this many jobs wait in the queue
     #[arg(long, value_name = "JOBS", value_parser = clap::value_parser!(u64).range(1..))]
     max_queued: Option<u64>,
+    /// Give up when the broker accepts no job for this long; the same command continues later
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    patience: u64,
     /// Send nothing: count, and show the first images and what the version is
     #[arg(long)]
     dry_run: bool,
@@ -111,7 +116,7 @@ impl Enqueue {
         // Before the first job, and before a million keys are listed.
         let version = resolve(app, &selector).await?;
         let stop = shutdown::on_signals("stopping").context("signals cannot be caught")?;
-        let mut images = tokio::select! {
+        let images = tokio::select! {
             biased;
             () = stop.cancelled() => bail!("interrupted: no job was sent"),
             images = self.images(app) => images?,
@@ -127,10 +132,11 @@ impl Enqueue {
             min_score: self.min_score,
             embeddings: self.embeddings || self.embeddings_out.is_some(),
             max_queued: self.max_queued,
+            patience: Duration::from_secs(self.patience),
         };
         match self.dry_run {
             true => self.show_plan(&plan, &images, &version),
-            false => Box::pin(self.send(app, &topology, &plan, &mut images, &stop)).await,
+            false => Box::pin(self.send(app, &topology, &plan, &images, &stop)).await,
         }
     }
 
@@ -187,7 +193,7 @@ impl Enqueue {
         app: &App,
         topology: &Topology,
         plan: &Plan,
-        images: &mut Images,
+        images: &Images,
         stop: &CancellationToken,
     ) -> Result<()> {
         let total = images.len();
@@ -198,7 +204,14 @@ impl Enqueue {
         let per_job = plan.per_job as u64;
         // Until the last was sent: results may be waited for much longer.
         let (mut images_sent, mut seconds) = (0, Duration::ZERO);
+        let (begun, run_begun) = oneshot::channel();
+        let mut begun = Some(begun);
         let step = |step: Step| match step {
+            Step::Begun(mark) => {
+                if let Some(begun) = begun.take() {
+                    let _ = begun.send(mark); // Nobody waits for it without --wait.
+                }
+            }
             Step::Sent(sent) => {
                 images_sent = (sent * per_job).min(total);
                 if skipped.is_none() {
@@ -210,13 +223,15 @@ impl Enqueue {
                 bar.set(images_sent, None, &[]);
             }
             Step::Full { queued } => bar.set(images_sent, None, &[format!("{queued} jobs wait")]),
+            Step::Refused => bar.set(images_sent, None, &["the queue refuses jobs".to_owned()]),
             Step::Cancelled => is_cancelled = true,
         };
         let options = app.settings.amqp_options("enqueue");
         let first = app.settings.amqp.jobs_queue.first().queue.as_str();
-        let target = Target { options: &options, topology, first };
+        let host = gethostname::gethostname().to_string_lossy().into_owned();
+        let sender = format!("process {} on {host}", std::process::id());
+        let target = Target { options: &options, topology, first, sender: &sender };
         let sending = enqueue(target, plan, images, stop, step);
-        let queues = RunQueues::new(first, &plan.run);
         let (sent, collected) = match self.files() {
             None => (sending.await, None),
             Some(files) => {
@@ -224,13 +239,12 @@ impl Enqueue {
                 let collecting = Collecting {
                     app,
                     run: &plan.run,
-                    queues: &queues,
                     files,
                     expected: Some((jobs, total)),
                     limits: &self.limits,
                     bar: done,
                 };
-                let (sent, collected) = Box::pin(collecting.beside(sending, stop)).await;
+                let (sent, collected) = Box::pin(collecting.beside(sending, run_begun, stop)).await;
                 (sent, Some(collected))
             }
         };

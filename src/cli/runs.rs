@@ -13,7 +13,8 @@ use super::dead;
 use super::tables::{ROWS, end, show, table};
 use crate::amqp::{close, connect};
 use crate::app::App;
-use crate::bulk::queues::{RunQueues, check_run};
+use crate::bulk::mark::Mark;
+use crate::bulk::queues::check_run;
 use crate::bulk::registry::{self, Begun, State};
 
 /// The widest run and class set in a table.
@@ -56,8 +57,12 @@ pub struct ListCommand {
 struct Listed<'a> {
     #[serde(flatten)]
     begun: &'a Begun,
+    /// Absent if it cannot be told now.
     #[serde(flatten)]
-    state: &'a State,
+    state: Option<&'a State>,
+    /// Why it cannot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unknown: Option<&'a str>,
 }
 
 impl ListCommand {
@@ -68,33 +73,45 @@ impl ListCommand {
         if self.json {
             let mut text = String::new();
             for (begun, state) in &runs {
-                let _ = writeln!(text, "{}", serde_json::to_string(&Listed { begun, state })?);
+                let (state, unknown) = (state.as_ref().ok(), state.as_ref().err());
+                let listed = Listed { begun, state, unknown: unknown.map(String::as_str) };
+                let _ = writeln!(text, "{}", serde_json::to_string(&listed)?);
             }
             return Ok(show(&text)?);
         }
         if runs.is_empty() {
             return Ok(show("no run waits to be collected\n")?);
         }
-        let rows = runs.iter().take(ROWS).map(|(begun, state)| {
-            vec![
-                end(&begun.run, RUN),
-                end(&begun.classes, CLASSES),
-                word(state, begun.jobs).to_owned(),
-                begun.images.to_string(),
-                format!("{}/{}", state.sent, begun.jobs),
-                state.results.to_string(),
-            ]
-        });
+        let rows = runs.iter().take(ROWS).map(|(begun, state)| row(begun, state.as_ref().ok()));
         let headers = ["run", "classes", "", "images", "jobs sent", "results"];
-        Ok(show(&table("", &headers, 3, rows, runs.len() as u64))?)
+        show(&table("", &headers, 3, rows, runs.len() as u64))?;
+        for (begun, state) in &runs {
+            if let Err(reason) = state {
+                eprintln!("run {}: cannot tell how it is now: {reason}", begun.run);
+            }
+        }
+        Ok(())
     }
 }
 
-/// A run's state in a word.
-fn word(state: &State, jobs: u64) -> &'static str {
+fn row(begun: &Begun, state: Option<&State>) -> Vec<String> {
+    let or_unknown = |text: Option<String>| text.unwrap_or_else(|| "?".to_owned());
+    let sent = or_unknown(state.map(|state| state.sent.to_string()));
+    vec![
+        end(&begun.run, RUN),
+        end(&begun.classes, CLASSES),
+        state.map_or("unknown", word).to_owned(),
+        begun.images.to_string(),
+        format!("{sent}/{}", begun.jobs),
+        or_unknown(state.map(|state| state.results.to_string())),
+    ]
+}
+
+/// Tells a run's state in a word.
+fn word(state: &State) -> &'static str {
     match state {
         State { is_cancelled: true, .. } => "cancelled",
-        State { sent, .. } if *sent < jobs => "sending",
+        State { sent, jobs, .. } if sent < jobs => "sending",
         State { is_collected: true, .. } => "collecting",
         _ => "sent",
     }
@@ -125,7 +142,7 @@ struct Shown<'a> {
 impl ShowCommand {
     async fn run(self, app: &App) -> Result<()> {
         let run = self.run.as_str();
-        let (state, all_runs) = with_connection(app, run, async |connection, state| {
+        let (state, all_runs) = with_connection(app, run, async |connection, _, state| {
             anyhow::Ok((state, backlog(app, connection).await?))
         })
         .await?;
@@ -142,8 +159,7 @@ impl ShowCommand {
 impl Shown<'_> {
     fn text(&self) -> String {
         let State { sent, jobs, results, is_collected, .. } = self.state;
-        let jobs = jobs.unwrap_or(0);
-        let mut text = format!("run      {}, {}\n", self.run, word(&self.state, jobs));
+        let mut text = format!("run      {}, {}\n", self.run, word(&self.state));
         let _ = writeln!(text, "jobs     {sent} of {jobs} sent");
         let taken = if is_collected { "; somebody collects them" } else { "" };
         let _ = writeln!(text, "results  {results} wait to be collected{taken}");
@@ -181,20 +197,19 @@ pub struct CancelCommand {
 impl CancelCommand {
     async fn run(self, app: &App) -> Result<()> {
         let run = self.run.as_str();
-        let queues = RunQueues::new(&app.settings.amqp.jobs_queue.first().queue, run);
-        let state = with_connection(app, run, async |connection, state| {
-            queues.cancel(connection).await?;
-            anyhow::Ok(State { is_cancelled: true, ..state })
+        let first = &app.settings.amqp.jobs_queue.first().queue;
+        let state = with_connection(app, run, async |connection, mark, state| {
+            mark.queues(first).cancel(connection).await?;
+            anyhow::Ok(state)
         })
         .await?;
         if self.json {
             let outcome = serde_json::json!({"run": run, "sent": state.sent, "jobs": state.jobs});
             return Ok(show(&format!("{outcome}\n"))?);
         }
-        let jobs = state.jobs.unwrap_or(0);
+        let State { sent, jobs, .. } = state;
         Ok(show(&format!(
-            "run {run} is cancelled: {} of its {jobs} jobs had been sent, and those that wait end as failed\nresults: angler collect --run {run} --out results.csv\n",
-            state.sent
+            "run {run} is cancelled: {sent} of its {jobs} jobs had been sent, and those that wait end as failed\nresults: angler collect --run {run} --out results.csv\n"
         ))?)
     }
 }
@@ -203,14 +218,14 @@ impl CancelCommand {
 async fn with_connection<T>(
     app: &App,
     run: &str,
-    work: impl AsyncFnOnce(&Connection, State) -> Result<T>,
+    work: impl AsyncFnOnce(&Connection, Mark, State) -> Result<T>,
 ) -> Result<T> {
     check_run(run).map_err(|e| UsageError(format!("run: {e}")))?;
     let first = &app.settings.amqp.jobs_queue.first().queue;
     let connection = connect(&app.settings.amqp_options("runs"), "runs").await?;
     let working = async {
         match registry::state(&connection, first, run).await? {
-            Some(state) => work(&connection, state).await,
+            Some((mark, state)) => work(&connection, mark, state).await,
             None => bail!(
                 "there is no run {run} (angler runs list): it was never enqueued here, or it was collected"
             ),

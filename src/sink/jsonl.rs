@@ -141,7 +141,7 @@ mod tests {
                 },
                 images: vec![ImageEntry { uri: index.to_string(), id: None, verdict }],
             },
-            run: Some(Run { id: "r".into(), jobs: 3, index }),
+            run: Some(Run { id: "r".into(), jobs: 3, index, nonce: None }),
             attempt: 1,
             worker: "w".into(),
             finished_at: String::new(),

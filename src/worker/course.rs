@@ -116,7 +116,7 @@ impl Core {
     /// The version that a job is scored against, unless its run was cancelled.
     async fn resolve(&self, job: &Job) -> Result<Arc<ClassVectors>, JobError> {
         if let (Some(run), Some(cancellations)) = (&job.run, &self.options.cancellations)
-            && cancellations.is_cancelled(&run.id).await
+            && cancellations.is_cancelled(run).await
         {
             let reason = format!("run {} was cancelled", run.id);
             return Err(Failure::new(FailureCode::Cancelled, reason).into());

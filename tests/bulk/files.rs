@@ -35,7 +35,7 @@ impl World {
             let job = received.next().await.body;
             assert_eq!(job["run"]["index"], number);
             let properties = persistent().with_message_id(job["id"].as_str().unwrap().into());
-            let queue = format!("angler.run.{}", job["run"]["id"].as_str().unwrap());
+            let queue = self.results(job["run"]["id"].as_str().unwrap());
             self.client.publish(&queue, &with(number, &job), properties).await;
         }
         consumer.close().await;

@@ -86,6 +86,24 @@ impl World {
         .await;
     }
 
+    /// The queues that the broker has for a run's id.
+    fn queues(&self, run: &str) -> Vec<String> {
+        let all = self.broker.manage("GET", &format!("queues/{}", self.broker.vhost), None);
+        let names = all.as_array().unwrap().iter().map(|queue| queue["name"].as_str().unwrap());
+        let of_run = format!("angler.run.{run}@");
+        names.filter(|name| name.starts_with(&of_run)).map(str::to_owned).collect()
+    }
+
+    /// The queue of a run's results.
+    fn results(&self, run: &str) -> String {
+        let nonce = |name: &String| {
+            let nonce = name.rsplit_once('@').unwrap().1;
+            nonce.len() == 12 && nonce.chars().all(|c| c.is_ascii_hexdigit())
+        };
+        let found = self.queues(run);
+        found.iter().find(|name| nonce(name)).unwrap_or_else(|| panic!("{found:?}")).clone()
+    }
+
     /// Answers a job as a worker would.
     async fn answer(&self, job: &Received) {
         let images: Vec<Value> =
@@ -158,9 +176,11 @@ async fn a_hundred_thousand_images_survive_kills_of_both_commands_and_come_out_o
     assert_eq!(code, 0, "{log}");
     assert!(log.contains("100000 images in 1563 jobs, ") && log.contains(" before, "), "{log}");
     world.until_ready("angler.jobs", JOBS).await;
+    // A sender that is killed before it marks what it sent leaves those jobs to the next one as well.
+    let sent = world.ready("angler.jobs").await.unwrap();
     // Once more: nothing is left to send. With other images it is another run.
     let (code, _, log) = world.enqueue(&list, "big", &[]);
-    assert_eq!((code, world.ready("angler.jobs").await), (0, Some(JOBS)), "{log}");
+    assert_eq!((code, world.ready("angler.jobs").await), (0, Some(sent)), "{log}");
     assert!(log.contains("all 1563 jobs had been sent before"), "{log}");
     let (code, _, log) = world.enqueue(&world.list(64), "big", &[]);
     assert_eq!(code, 1, "{log}");
@@ -168,19 +188,20 @@ async fn a_hundred_thousand_images_survive_kills_of_both_commands_and_come_out_o
 
     let mut jobs = world.client.consume("angler.jobs").await;
     let mut indices = BTreeSet::new();
-    for number in 0..JOBS {
+    for number in 0..sent {
         let job = jobs.next().await;
         let run = &job.body["run"];
         assert_eq!((&run["id"], &run["jobs"]), (&json!("big"), &json!(JOBS)));
         assert_eq!(job.body["id"], format!("big/{}", run["index"]));
         assert_eq!(job.properties.kind().as_ref().unwrap().as_str(), "classify.v1");
-        assert!(indices.insert(run["index"].as_u64().unwrap()), "a second job {run}");
+        indices.insert(run["index"].as_u64().unwrap());
         world.answer(&job).await;
         if number % 100 == 0 {
             world.answer(&job).await; // As a worker that was killed before its ack.
         }
     }
     assert_eq!(world.ready("angler.jobs").await, Some(0));
+    assert_eq!(indices.len(), JOBS as usize);
 
     let out = world.path("out.jsonl");
     let journal = world.path(".out.jsonl.big.results");
@@ -208,8 +229,7 @@ async fn a_hundred_thousand_images_survive_kills_of_both_commands_and_come_out_o
     assert!(peak < 200, "{peak} MB");
     // Nothing is left of the run.
     assert!(!journal.exists());
-    assert_eq!(world.ready("angler.run.big").await, None);
-    assert_eq!(world.ready("angler.run.big.sent").await, None);
+    assert_eq!(world.queues("big"), [] as [String; 0]);
     let (code, _, log) = world.collect("big", "out.jsonl", &[]);
     assert_eq!(code, 1);
     assert!(log.contains("there is no run big"), "{log}");
@@ -257,7 +277,7 @@ async fn a_prefix_is_enqueued_classified_and_collected_in_one_command() {
     let plan: Value = serde_json::from_str(&told).unwrap();
     assert_eq!((&plan["images"], &plan["classes"]), (&json!(2), &json!("colours@1")));
     assert_eq!(plan["first"].as_array().unwrap().len(), 2);
-    assert_eq!(world.ready("angler.run.some").await, None, "a dry run leaves nothing");
+    assert_eq!(world.queues("some"), [] as [String; 0], "a dry run leaves nothing");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -293,7 +313,7 @@ async fn a_run_that_is_not_complete_says_what_is_missing_and_goes_on_later() {
         "error": {"code": "unknown_version", "message": "gone"}, "worker": "test",
         "finished_at": "2026-01-31T12:00:00.000Z",
     });
-    world.client.publish("angler.run.part", result.to_string().as_bytes(), persistent()).await;
+    world.client.publish(&world.results("part"), result.to_string().as_bytes(), persistent()).await;
     let (code, _, log) = world.collect("part", "part.jsonl", &[]);
     assert_eq!(code, 0, "{log}");
     assert!(log.contains("failed jobs   unknown_version 1"), "{log}");
@@ -322,7 +342,7 @@ async fn too_many_failures_end_the_collecting_early() {
         "backend": "fake", "images": images, "run": job.body["run"], "attempt": 1, "worker": "test",
         "finished_at": "2026-01-31T12:00:00.000Z",
     });
-    world.client.publish("angler.run.bad", result.to_string().as_bytes(), persistent()).await;
+    world.client.publish(&world.results("bad"), result.to_string().as_bytes(), persistent()).await;
     let (code, _, log) = world.collect("bad", "bad.csv", &["--max-failure-rate", "0.5"]);
     assert_eq!(code, 1, "{log}");
     assert!(
@@ -390,5 +410,5 @@ async fn what_cannot_become_a_run_is_refused_before_a_job_is_sent() {
         let (code, _, log) = world.setup.run(&arguments);
         assert!(code > 0 && log.contains(words), "{classes}: {log}");
     }
-    assert_eq!(world.ready("angler.run.none").await, None);
+    assert_eq!(world.queues("none"), [] as [String; 0]);
 }

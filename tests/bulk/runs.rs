@@ -58,7 +58,7 @@ async fn runs_are_listed_until_they_are_collected() {
         let job = jobs.next().await;
         world.answer(&job).await;
     }
-    world.until_ready("angler.run.one", 3).await;
+    world.until_ready(&world.results("one"), 3).await;
     let one = shown(&world, "one");
     assert_eq!((&one["results"], &one["dead"], &one["sent"]), (&json!(3), &json!([]), &json!(3)));
     assert_eq!(one["all_runs"]["queued"], json!(0));
@@ -104,8 +104,7 @@ async fn a_cancelled_run_is_dropped_by_workers_and_ends_with_what_there_is() {
     assert_eq!(errors(&rows), vec!["cancelled"; 300]);
     // Said once, and nothing is left of it but its name in no list.
     assert_eq!(worker.log().matches("cancelled").count(), 1, "{}", worker.log());
-    assert_eq!(world.ready("angler.run.wrong").await, None);
-    assert_eq!(world.ready("angler.run.wrong.cancelled").await, None);
+    assert_eq!(world.queues("wrong"), [] as [String; 0]);
     assert_eq!(world.ready("angler.dead").await, Some(0));
     let (code, _, log) = world.collect("right", "right.jsonl", &[]);
     assert_eq!(code, 0, "{log}");

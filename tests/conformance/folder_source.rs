@@ -13,7 +13,7 @@ fn source(images: usize) -> FolderSource {
         top_k: 3,
         min_score: Some(0.25),
         embeddings: true,
-        run: Some(Run { id: "classify".into(), jobs: 3, index: 0 }),
+        run: Some(Run { id: "classify".into(), jobs: 3, index: 0, nonce: None }),
     };
     FolderSource::new(template, (0..images).map(|i| format!("{i}.png")).collect())
 }

@@ -170,7 +170,7 @@ fn result(index: u64, images: usize) -> JobResult {
             },
             images: (0..images).map(entry).collect(),
         },
-        run: Some(Run { id: "run".into(), jobs: 200, index }),
+        run: Some(Run { id: "run".into(), jobs: 200, index, nonce: None }),
         attempt: 1,
         worker: "w".into(),
         finished_at: "2026-01-31T12:00:00.000Z".into(),

@@ -29,7 +29,12 @@ fn full_job() -> Job {
         top_k: 5,
         min_score: Some(0.25),
         embeddings: true,
-        run: Some(Run { id: "nightly".into(), jobs: 1563, index: 17 }),
+        run: Some(Run {
+            id: "nightly".into(),
+            jobs: 1563,
+            index: 17,
+            nonce: Some("4f1d09a3c2be".into()),
+        }),
     }
 }
 

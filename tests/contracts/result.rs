@@ -38,7 +38,12 @@ fn result(outcome: Outcome) -> JobResult {
     JobResult {
         id: "nightly/000017".into(),
         outcome,
-        run: Some(Run { id: "nightly".into(), jobs: u64::MAX, index: 17 }),
+        run: Some(Run {
+            id: "nightly".into(),
+            jobs: u64::MAX,
+            index: 17,
+            nonce: Some("4f1d09a3c2be".into()),
+        }),
         attempt: 1,
         worker: "host-1".into(),
         finished_at: humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string(),
@@ -233,7 +238,7 @@ async fn results_of_a_real_worker_are_valid() {
     let client = broker.connect().await;
     let mut results = client.consume("angler.results").await;
     let missing = format!("{}-missing", images[0]);
-    let run = json!({"id": "nightly", "jobs": 4, "index": 0});
+    let run = json!({"id": "nightly", "jobs": 4, "index": 0, "nonce": "4f1d09a3c2be"});
     let jobs = [
         json!({"id": "all", "classes": "colours@1", "images": images, "top_k": 3, "embeddings": true, "run": run}),
         json!({"id": "unknown", "classes": "colours@1", "images": [images[0]], "min_score": 1}),
@@ -249,6 +254,7 @@ async fn results_of_a_real_worker_are_valid() {
     schema().accepts(&bodies);
     let of = |id: &str| bodies.iter().find(|body| body["id"] == id).unwrap();
     assert!(of("all")["images"][2]["embedding"].is_string());
+    assert_eq!(of("all")["run"], run, "echoed");
     assert!(of("unknown")["images"][0]["label"].is_null());
     assert_eq!(of("errors")["images"][1]["error"]["code"], "bad_uri");
     assert_eq!(of("no-set")["error"]["code"], "unknown_class_set");

@@ -73,6 +73,7 @@ async fn classify(
             id: "bench".to_owned(),
             jobs: images.div_ceil(IMAGES_PER_JOB) as u64,
             index: 0,
+            nonce: None,
         }),
     };
     let failed = Arc::new(std::sync::Mutex::new(None));
