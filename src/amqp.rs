@@ -10,6 +10,7 @@ pub mod dead;
 pub mod inspect;
 pub mod pass;
 pub mod publisher;
+pub mod sanitize;
 pub mod topology;
 pub mod turn;
 
@@ -18,13 +19,14 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Duration;
 
-use futures_io::{AsyncRead, AsyncWrite};
+use futures_io::AsyncRead;
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::tcp::{AsyncTcpStream, RustlsConnector};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{BasicProperties, Connection, ConnectionProperties, ErrorKind};
 
+use self::sanitize::{Sanitized, Tcp};
 use crate::job::JOB_TYPE;
 use crate::tls::{BROKER, TlsError};
 
@@ -92,20 +94,15 @@ pub async fn connect(options: &AmqpOptions, role: &str) -> Result<Connection, Am
     let tls = if uri.scheme == AMQPScheme::AMQPS { Some(tls(options).await?) } else { None };
     let properties = ConnectionProperties::default()
         .with_connection_name(format!("angler {role} {}", options.name).into());
-    let runtime = lapin::runtime::default_runtime()?;
     let (again, dial_tls) = (uri.clone(), tls.clone());
     // Ours and not lapin's, which at `log.level = "trace"` logs the address with its password, and
     // fails where the system has no authorities, whatever `amqp.ca_file` holds.
     let connecting = Connection::connector(
         uri,
-        runtime,
-        async move |AMQPUri { authority, .. }, runtime| {
-            let address = runtime.to_socket_addrs((authority.host.clone(), authority.port));
-            let stream = AsyncTcpStream::connect(&runtime, address).await?;
-            Ok(match &dial_tls {
-                Some(tls) => stream.into_rustls(tls, &authority.host).await?,
-                None => stream,
-            })
+        sanitize::runtime(),
+        async move |uri, _| {
+            let stream = dial(&uri, dial_tls.as_ref()).await?;
+            Ok(AsyncTcpStream::Plain(Sanitized::new(stream)))
         },
         properties,
     );
@@ -146,10 +143,7 @@ async fn alert(uri: &AMQPUri, tls: &RustlsConnector) -> std::io::Error {
 }
 
 /// A connection to the broker's address on which nothing has been said.
-async fn dial(
-    uri: &AMQPUri,
-    tls: Option<&RustlsConnector>,
-) -> std::io::Result<impl AsyncRead + AsyncWrite + Unpin + Send + use<>> {
+async fn dial(uri: &AMQPUri, tls: Option<&RustlsConnector>) -> std::io::Result<Tcp> {
     let runtime = lapin::runtime::default_runtime().map_err(std::io::Error::other)?;
     let AMQPUri { authority, .. } = uri;
     let address = runtime.to_socket_addrs((authority.host.clone(), authority.port));

@@ -31,6 +31,7 @@ use self::live::{Live, consume, open};
 use self::settle::{ATTEMPT, Message};
 use super::{Delivery, JobSource, Reply, Unworkable};
 use crate::amqp::publisher::Publisher;
+use crate::amqp::sanitize::UNPARSABLE;
 use crate::amqp::topology::Topology;
 use crate::amqp::{
     AmqpError, AmqpOptions, Backoff, DELIVERY_COUNT, close, number_header, put, short,
@@ -235,6 +236,10 @@ impl AmqpSource {
         let mut job = Job::parse(body, message_id.as_deref(), self.limits).map_err(|failure| {
             Unworkable { id: id_of_malformed(body, message_id.as_deref()), run: None, failure }
         });
+        if let Some(problem) = headers.and_then(|headers| string_header(headers, UNPARSABLE)) {
+            let (id, run) = job.map_or_else(|job| (job.id, job.run), |job| (job.id, job.run));
+            job = Err(Unworkable { id, run, failure: unparsable(&problem) });
+        }
         let runs = headers.and_then(|headers| number_header(headers, DELIVERY_COUNT)).unwrap_or(0);
         if suspect && runs >= SUSPECT_RUNS {
             job = job.and_then(|job| {
@@ -298,6 +303,12 @@ fn given_up(runs: i64) -> Failure {
              (out of memory?) say more"
         ),
     )
+}
+
+/// Why a message is not worked on whose properties [`crate::amqp::sanitize`] had to rewrite.
+fn unparsable(problem: &str) -> Failure {
+    let message = format!("the message's properties cannot be parsed: {problem}");
+    Failure::new(FailureCode::MalformedJob, message)
 }
 
 #[async_trait]

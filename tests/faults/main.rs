@@ -11,5 +11,6 @@ mod ledger;
 mod proxy;
 mod queues;
 mod store;
+mod unparsable;
 mod workers;
 mod world;

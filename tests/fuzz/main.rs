@@ -160,3 +160,8 @@ fn class_vectors() {
 fn preprocess() {
     fuzz("preprocess", targets::preprocess, &["tests/data/images", "tests/data/images/bad"]);
 }
+
+#[test]
+fn sanitize() {
+    fuzz("sanitize", targets::sanitize, &[]);
+}

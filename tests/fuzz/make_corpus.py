@@ -6,6 +6,7 @@
 
 import json
 import pathlib
+import struct
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -89,3 +90,36 @@ image("packbits.tiff", picture.convert("L"), compression="packbits")
 image("bits.tiff", picture.convert("1"), compression="group4")
 image("float.tiff", Image.fromarray(np.linspace(0, 1, 204, dtype=np.float32).reshape(12, 17)))
 image("turned.tiff", tiffinfo={0x0112: 8})
+
+
+def frame(name, payload):
+    (CORPUS / "sanitize" / f"{name}.bin").write_bytes(payload)
+
+
+def short(value):
+    return bytes([len(value)]) + value
+
+
+def long(value):
+    return struct.pack(">I", len(value)) + value
+
+
+def header(name, flags, properties):
+    frame(name, struct.pack(">HHQH", 60, 0, 100, flags) + properties)
+
+
+values = b"t\1b\2B\3s\0\4u\0\5I\0\0\0\6i\0\0\0\7l" + bytes(8) + b"f" + bytes(4) + b"d" + bytes(8) + b"D\2" + bytes(4) + b"V"
+death = short(b"reason") + b"S" + long(b"expired") + short(b"time") + b"T" + bytes(8)
+table = short(b"angler-attempt") + b"i\0\0\0\2" + short(b"x-death") + b"A" + long(b"F" + long(death) + values) + short(b"bytes") + b"x" + long(b"\xff")
+nested = b"V"
+for _ in range(100):
+    nested = b"A" + long(nested)
+everything = [short(b"application/json"), short(b"gzip"), long(table), b"\2", b"\1", *[short(t) for t in (b"corr", b"reply", b"0", b"id")],
+              bytes(8), *[short(t) for t in (b"classify.v1", b"guest", b"app", b"")]]
+header("everything", 0xFFFC, b"".join(everything))
+header("nothing", 0, b"")
+header("latin1", 0x0480, short(b"m\xf6glich") + short(b"\xfc"))
+header("keys", 0x2000, long(short(b"k\xff") + b"F" + long(short(b"\xfe") + b"V")))
+header("deep", 0x2000, long(short(b"k") + nested))
+frame("deliver", b"\0\x3c\0\x3c" + short(b"tag") + bytes(9) + short(b"topic") + short(b"jobs.\xff"))
+frame("get-ok", b"\0\x3c\0\x47" + bytes(9) + short(b"topic") + short(b"jobs") + bytes(4))

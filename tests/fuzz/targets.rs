@@ -1,6 +1,7 @@
 //! What is fed with bytes of anybody's making. Shared by `tests/fuzz` and the libFuzzer targets in
 //! `fuzz/`.
 
+use angler::amqp::sanitize::{Frames, rewrite};
 use angler::classes::active::Active;
 use angler::classes::file::{self, Reader};
 use angler::error::ImageErrorCode;
@@ -46,4 +47,39 @@ pub fn preprocess(bytes: &[u8]) {
         // A decoder's panic, which is caught there, or our own mistake.
         Err(error) => assert_ne!(error.code, ImageErrorCode::Internal, "{error}"),
     }
+}
+
+/// A frame from a broker, and a stream of frames.
+pub fn sanitize(bytes: &[u8]) {
+    const METHOD: u8 = 1;
+    const HEADER: u8 = 2;
+    let parses = |payload: &[u8]| {
+        // Behind class, weight and body size.
+        let parsed = lapin::protocol::basic::parse_properties(&payload[12..]);
+        parsed.is_ok_and(|(rest, _)| rest.is_empty())
+    };
+    match rewrite(HEADER, bytes) {
+        Some(new) => {
+            assert!(new.len() <= bytes.len().max(4_088), "{} of {}", new.len(), bytes.len());
+            assert!(new[..12] == bytes[..12] && parses(&new), "{new:?}");
+            assert!(rewrite(HEADER, &new).is_none());
+        }
+        None => assert!(bytes.len() < 12 || parses(bytes)),
+    }
+    if let Some(new) = rewrite(METHOD, bytes) {
+        let parsed = lapin::protocol::parse_class(&new[..]);
+        assert!(
+            parsed.is_ok_and(|(_, class)| matches!(class, lapin::protocol::AMQPClass::Basic(_)))
+        );
+        assert!(rewrite(METHOD, &new).is_none());
+    }
+    let (mut frames, mut buffer) = (Frames::default(), [0; 64]);
+    let mut read = 0;
+    for piece in bytes.chunks(1 + bytes.len() % 300) {
+        frames.push(piece);
+        while let count @ 1.. = frames.read(&mut buffer) {
+            read += count;
+        }
+    }
+    assert!(read <= bytes.len() + 4_096 * (1 + bytes.len() / 8));
 }

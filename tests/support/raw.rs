@@ -8,6 +8,8 @@ use tokio::net::TcpStream;
 pub struct Properties {
     /// Headers with text values.
     pub headers: Vec<(Vec<u8>, Vec<u8>)>,
+    /// How many lists in lists there are in the header `nested`; 0: there is no such header.
+    pub nested: usize,
     pub correlation_id: Option<Vec<u8>>,
     pub reply_to: Option<Vec<u8>>,
     pub message_id: Option<Vec<u8>>,
@@ -20,14 +22,22 @@ impl Properties {
     fn encode(&self) -> Vec<u8> {
         const DELIVERY_MODE: u16 = 1 << 12;
         let (mut flags, mut values) = (DELIVERY_MODE, Vec::new());
-        if !self.headers.is_empty() {
-            flags |= 1 << 13;
-            let mut table = Vec::new();
-            for (key, value) in &self.headers {
-                short(&mut table, key);
-                table.push(b'S');
-                long(&mut table, value);
+        let mut table = Vec::new();
+        for (key, value) in &self.headers {
+            short(&mut table, key);
+            table.push(b'S');
+            long(&mut table, value);
+        }
+        if self.nested > 0 {
+            short(&mut table, b"nested");
+            // The length of a list is that of all lists in it: 5 bytes each.
+            for inner in (0..self.nested).rev() {
+                table.push(b'A');
+                table.extend((inner as u32 * 5).to_be_bytes());
             }
+        }
+        if !table.is_empty() {
+            flags |= 1 << 13;
             long(&mut values, &table);
         }
         values.push(2);
@@ -91,8 +101,20 @@ impl RawPublisher {
         properties: &Properties,
         body: &[u8],
     ) -> Result<bool> {
-        let mut publish = vec![0, 0, 0]; // reserved, and the default exchange
-        short(&mut publish, queue.as_bytes());
+        self.publish_to("", queue.as_bytes(), properties, body).await
+    }
+
+    /// The same to an exchange.
+    pub async fn publish_to(
+        &mut self,
+        exchange: &str,
+        routing_key: &[u8],
+        properties: &Properties,
+        body: &[u8],
+    ) -> Result<bool> {
+        let mut publish = vec![0, 0]; // reserved
+        short(&mut publish, exchange.as_bytes());
+        short(&mut publish, routing_key);
         publish.push(0);
         self.method(1, (60, 40), &publish).await?;
         let mut header = vec![0, 60, 0, 0];
