@@ -18,11 +18,12 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayView4};
+use ndarray::{Array2, Array4, ArrayView4};
 use serde::{Deserialize, Serialize};
 
 use crate::classes::ClassVectors;
 use crate::model::Model;
+use crate::preprocess::PixelSpec;
 use crate::score::ClassScore;
 use crate::words::plural;
 
@@ -36,7 +37,8 @@ pub trait Embedder: Send {
         "cpu".to_owned()
     }
 
-    /// The batch sizes that the back end is warmed with: one of each shape that it will run.
+    /// The batch sizes that the back end is warmed with: one of each shape that it runs as long as
+    /// memory suffices.
     fn shapes(&self) -> Vec<usize> {
         vec![1]
     }
@@ -67,6 +69,12 @@ pub trait Embedder: Send {
     ) -> Option<Result<Scores, EmbedError>> {
         let _ = (pixels, against);
         None
+    }
+
+    /// Makes its calls smaller because memory is short; `false` if they cannot be, or follow the
+    /// batch anyway.
+    fn shrink(&mut self) -> bool {
+        false
     }
 
     /// Where it keeps the class vectors that it scores against; none if it does not score. Sessions
@@ -379,7 +387,15 @@ fn open_all(
             }
         };
         let fused = graph.map(|graph| onnxruntime::Fused { graph, memory });
-        runtime.session(model, *provider, *size, options.cuda, fused)
+        let mut session = runtime.session(model, *provider, *size, options.cuda, fused)?;
+        // A GPU that lacks a part of cuDNN, or kernels for its architecture, fails at its first
+        // image. It is tried here, where another back end can still be chosen.
+        if *provider != onnxruntime::Provider::Cpu {
+            let PixelSpec { width, height, .. } = model.pixels;
+            let black = Array4::zeros((1, height as usize, width as usize, 3));
+            session.embed(black.view()).map_err(|e| format!("its first image failed: {e}"))?;
+        }
+        Ok(session)
     };
     lanes.iter().map(&mut open).collect()
 }

@@ -38,6 +38,10 @@ struct Device {
     memory: usize,
     shapes: Vec<usize>,
     breaks_at: Vec<usize>,
+    /// From this call on every image fails, black ones too, as if each were at fault.
+    fails_from: Option<usize>,
+    /// Every call is filled up to this size, as on a GPU.
+    padded: Option<usize>,
     calls: Arc<AtomicUsize>,
     /// Calls wait until so many devices are in one.
     together: Option<Arc<Meeting>>,
@@ -73,6 +77,8 @@ impl Device {
             memory,
             shapes: vec![1],
             breaks_at: Vec::new(),
+            fails_from: None,
+            padded: None,
             calls: Arc::default(),
             together: None,
             log: Arc::default(),
@@ -86,14 +92,31 @@ impl Embedder for Device {
     }
 
     fn shapes(&self) -> Vec<usize> {
-        self.shapes.clone()
+        self.padded.map_or_else(|| self.shapes.clone(), |size| vec![size])
+    }
+
+    fn shrink(&mut self) -> bool {
+        match &mut self.padded {
+            Some(size) if *size > 1 => {
+                *size /= 2;
+                true
+            }
+            _ => false,
+        }
     }
 
     fn embed(&mut self, pixels: ArrayView4<'_, u8>) -> Result<Array2<f32>, EmbedError> {
         let (images, ..) = pixels.dim();
-        if images > self.memory {
-            self.log.refused.lock().unwrap().push(images);
+        let taken = self.padded.unwrap_or(images);
+        if taken > self.memory {
+            self.log.refused.lock().unwrap().push(taken);
             return Err(EmbedError::OutOfMemory("CUDA failure 2: out of memory".to_owned()));
+        }
+        let so_far = self.calls.load(Ordering::SeqCst);
+        if self.fails_from.is_some_and(|from| so_far >= from) {
+            return Err(EmbedError::Batch(
+                "CUDNN_FE failure 11: HEURISTIC_QUERY_FAILED".to_owned(),
+            ));
         }
         // The call of the warm-up is black.
         if pixels[[0, 0, 0, 0]] > 0 {
@@ -183,6 +206,40 @@ async fn a_device_without_memory_for_one_image_is_broken_and_blames_no_image() {
     assert!(scored.iter().all(|s| matches!(s, Err(SubmitError::Gone))), "{scored:?}");
     let reason = engine.broken().await.to_string();
     assert!(reason.contains("out of memory"), "{reason}");
+    engine.close().await;
+}
+
+#[tokio::test]
+async fn calls_that_are_always_filled_up_become_smaller_and_no_image_is_blamed() {
+    let device = Device { padded: Some(BATCH), ..Device::new(5) };
+    let log = Arc::clone(&device.log);
+    let engine = engine(vec![device], OnFailure::Exit);
+    assert_eq!(log.take(), (vec![], vec![16, 8]), "found while the model is warmed");
+    assert_answered(&submit(&engine, BATCH).await);
+    assert_eq!(log.take(), (vec![BATCH], vec![]), "the back end cuts it into calls of 4 itself");
+    engine.close().await;
+}
+
+#[tokio::test]
+async fn a_failure_that_black_images_have_too_is_the_back_ends_and_no_image_is_answered() {
+    let device = Device { fails_from: Some(1), ..Device::new(BATCH) };
+    let engine = engine(vec![device], OnFailure::Exit);
+    assert_answered(&submit(&engine, BATCH).await);
+    let scored = submit(&engine, BATCH).await;
+    assert!(scored.iter().all(|s| matches!(s, Err(SubmitError::Gone))), "{scored:?}");
+    let reason = engine.broken().await.to_string();
+    assert!(reason.contains("black") && reason.contains("HEURISTIC_QUERY_FAILED"), "{reason}");
+    engine.close().await;
+}
+
+#[tokio::test]
+async fn what_one_device_fails_on_for_good_is_done_by_another() {
+    let (mut devices, _) = two(&[]);
+    devices[0].fails_from = Some(0);
+    devices[0].shapes = Vec::new(); // The fault begins after the warm-up.
+    devices.iter_mut().for_each(|device| device.together = None);
+    let engine = engine(devices, OnFailure::Continue);
+    assert_answered(&submit(&engine, 4 * BATCH).await);
     engine.close().await;
 }
 

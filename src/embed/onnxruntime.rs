@@ -258,13 +258,13 @@ fn build(
     let builder = builder.with_optimization_level(GraphOptimizationLevel::All).map_err(text)?;
     let builder = builder.with_config_entry(assignment::RECORD, "1").map_err(text)?;
     let builder = builder.with_config_entry(EXACT_PRODUCTS, "1").map_err(text)?;
+    // Of a session on a GPU only what computes shapes runs on the CPU: one thread does.
+    let threads = if provider == Provider::Cpu { threads } else { 1 };
+    let builder = builder.with_intra_threads(threads).map_err(text)?;
+    // Threads that spin while they wait take the cores that decode the next images.
+    let builder = builder.with_intra_op_spinning(false).map_err(text)?;
     let mut builder = match provider {
-        Provider::Cpu => builder
-            .with_intra_threads(threads)
-            .map_err(text)?
-            // Threads that spin while they wait take the cores that decode the next images.
-            .with_intra_op_spinning(false)
-            .map_err(text)?,
+        Provider::Cpu => builder,
         Provider::Cuda(device) => {
             builder.with_execution_providers([cuda(device, options)]).map_err(text)?
         }
@@ -343,18 +343,37 @@ fn entries(folder: &Path, prefix: &str) -> Vec<PathBuf> {
     found
 }
 
-/// Loads CUDA's and cuDNN's libraries from the wheels that pip puts beside ONNX Runtime's, where
-/// the dynamic linker would not look. What is not there is left to the linker, whose error names it.
+/// Loads CUDA's and cuDNN's libraries from the wheels that pip puts next to ONNX Runtime's, where the
+/// dynamic linker would not look. Every one is tried, and those that fail are named together: what
+/// the linker says later names the first only.
 fn preload_cuda(library: &Path) {
+    use ort::ep::cuda::{CUDA_DYLIBS, CUDNN_DYLIBS};
     let Some(site_packages) = library.ancestors().find(|p| p.ends_with("site-packages")) else {
         return;
     };
-    let nvidia = site_packages.join("nvidia");
-    let cuda = Some(nvidia.join("cu13/lib")).filter(|p| p.is_dir());
-    let cudnn = Some(nvidia.join("cudnn/lib")).filter(|p| p.is_dir());
-    if let Err(e) = ort::ep::cuda::preload_dylibs(cuda.as_deref(), cudnn.as_deref()) {
-        tracing::debug!("CUDA libraries beside {} were not preloaded: {e}", library.display());
+    let missing = [("cu13", CUDA_DYLIBS), ("cudnn", CUDNN_DYLIBS)]
+        .into_iter()
+        .flat_map(|(package, names)| {
+            missing(&site_packages.join("nvidia").join(package).join("lib"), names)
+        })
+        .collect::<Vec<_>>();
+    if !missing.is_empty() {
+        tracing::warn!(
+            "cannot load {} from {}; ONNX Runtime looks for them elsewhere",
+            missing.join(", "),
+            site_packages.display()
+        );
     }
+}
+
+/// Preloads the libraries of a folder and yields those that fail, with the reason. A folder that does
+/// not exist misses nothing: its libraries are installed elsewhere.
+fn missing(folder: &Path, names: &[&str]) -> Vec<String> {
+    if !folder.is_dir() {
+        return Vec::new();
+    }
+    let load = |name: &&str| ort::util::preload_dylib(folder.join(name)).err();
+    names.iter().filter_map(|name| Some(format!("{name} ({})", load(name)?))).collect()
 }
 
 /// One session; it lives on one thread.
@@ -416,6 +435,10 @@ impl Embedder for OnnxRuntimeEmbedder {
         scoring.as_mut()?.classify(session, pixels, *pieces, against)
     }
 
+    fn shrink(&mut self) -> bool {
+        self.pieces.shrink()
+    }
+
     fn class_memory(&self) -> Option<Arc<dyn ClassMemory>> {
         self.scoring.as_ref().map(|scoring| scoring.memory() as Arc<dyn ClassMemory>)
     }
@@ -448,24 +471,30 @@ const OUT_OF_MEMORY: [&str; 5] = [
     "CUDNN_STATUS_ALLOC_FAILED",
 ];
 
-/// A CUDA error is sticky: every later call of the process on that device fails with it.
-const STICKY: [&str; 4] = ["CUDA failure", "CUDNN failure", "CUBLAS failure", "CUDNN_FE failure"];
-
+/// Whether memory is short. Everything else is the batch's fault until the back end fails on a black
+/// image, too: a CUDA error that sticks is told so from one that only looks like it.
 fn meaning(message: String) -> EmbedError {
-    let says = |words: &[&str]| words.iter().any(|word| message.contains(word));
-    // First: memory that is short is reported as a CUDA failure, too, and does not stick.
-    if says(&OUT_OF_MEMORY) {
-        EmbedError::OutOfMemory(message)
-    } else if says(&STICKY) {
-        EmbedError::Broken(message)
-    } else {
-        EmbedError::Batch(message)
+    match OUT_OF_MEMORY.iter().any(|words| message.contains(words)) {
+        true => EmbedError::OutOfMemory(message),
+        false => EmbedError::Batch(message),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_library_that_cannot_be_loaded_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("libb.so.9"), "no library").unwrap();
+        let missing = missing(folder.path(), &["liba.so.13", "libb.so.9", "libc.so.9"]);
+        assert_eq!(missing.len(), 3, "{missing:?}");
+        for (text, name) in missing.iter().zip(["liba.so.13 (", "libb.so.9 (", "libc.so.9 ("]) {
+            assert!(text.starts_with(name), "{text}");
+        }
+        assert!(super::missing(Path::new("/no/such/folder"), &["liba.so.13"]).is_empty());
+    }
 
     #[test]
     fn memory_that_is_short_is_no_broken_device() {
@@ -484,12 +513,11 @@ mod tests {
         }
         for message in [
             "CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; hostname=a",
-            "CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED ; GPU=0",
+            "CUDNN_FE failure 11: CUDNN_BACKEND_API_FAILED ; GPU=0 ; HEURISTIC_QUERY_FAILED",
+            "Non-zero status code returned while running Reshape node.",
         ] {
             let meant = meaning(message.to_owned());
-            assert!(matches!(meant, EmbedError::Broken(_)), "{meant:?}");
+            assert!(matches!(meant, EmbedError::Batch(_)), "{meant:?}");
         }
-        let other = "Non-zero status code returned while running Reshape node.".to_owned();
-        assert!(matches!(meaning(other), EmbedError::Batch(_)));
     }
 }

@@ -1,6 +1,9 @@
-//! How a batch is cut into the calls that a back end likes best. Each size of a call costs memory
-//! that is never given back, and on a GPU a search for the fastest kernels: so there are few sizes,
-//! and all are met when the model is warmed.
+//! How a batch is cut into the calls that a back end likes best.
+//!
+//! On a CPU each size of a call costs memory that is never returned, so there are few sizes, and all
+//! are met when the model is warmed. On a GPU there is one: since release 1.20 ONNX Runtime keeps one
+//! cuDNN plan per convolution and makes it again whenever the input's shape differs from the
+//! previous call's (microsoft/onnxruntime#23006), which takes far longer than a batch.
 
 use ndarray::{Array4, ArrayView4, s};
 
@@ -14,8 +17,8 @@ pub(crate) enum Pieces {
     /// At most so many; a rest is made of powers of two. For a CPU, where a call that stays in the
     /// core's cache is faster than a larger one, and black images cost as much as others.
     UpTo(usize),
-    /// Filled up with black images to a power of two, and at most so many. For a GPU, where a
-    /// second call costs more than black images.
+    /// Always this many images, filled up with black ones; fewer if memory is short
+    /// ([`Self::shrink`]). For a GPU.
     Padded(usize),
 }
 
@@ -23,8 +26,8 @@ impl Pieces {
     /// Every size of call that there may be, smallest first.
     pub fn sizes(self) -> Vec<usize> {
         match self {
-            Self::Fixed(size) => vec![size.max(1)],
-            Self::UpTo(most) | Self::Padded(most) => {
+            Self::Fixed(size) | Self::Padded(size) => vec![size.max(1)],
+            Self::UpTo(most) => {
                 let most = most.max(1);
                 let powers = std::iter::successors(Some(1), |size| Some(size * 2));
                 powers.take_while(|size| *size < most).chain([most]).collect()
@@ -35,16 +38,23 @@ impl Pieces {
     /// The next call for `left` images: how many of them, and how large the call is.
     fn next(self, left: usize) -> (usize, usize) {
         match self {
-            Self::Fixed(size) => (left.min(size.max(1)), size.max(1)),
+            Self::Fixed(size) | Self::Padded(size) => (left.min(size.max(1)), size.max(1)),
             Self::UpTo(most) if left >= most.max(1) => (most.max(1), most.max(1)),
             Self::UpTo(_) => {
                 let power = 1 << left.ilog2();
                 (power, power)
             }
-            Self::Padded(most) => {
-                let images = left.min(most.max(1));
-                (images, images.next_power_of_two().min(most.max(1)))
+        }
+    }
+
+    /// Halves the calls of a GPU that has no memory for them; `false` if they cannot be smaller.
+    pub fn shrink(&mut self) -> bool {
+        match self {
+            Self::Padded(size) if *size > 1 => {
+                *size /= 2;
+                true
             }
+            _ => false,
         }
     }
 
@@ -106,18 +116,28 @@ mod tests {
         assert_eq!(calls(Pieces::UpTo(4), 32), [4; 8]);
         assert_eq!(calls(Pieces::UpTo(4), 7), [4, 2, 1]);
         assert_eq!(calls(Pieces::UpTo(6), 17), [6, 6, 4, 1]);
-        assert_eq!(calls(Pieces::Padded(32), 17), [32]);
-        assert_eq!(calls(Pieces::Padded(32), 3), [4]);
         assert_eq!(calls(Pieces::Padded(24), 24), [24]);
-        assert_eq!(calls(Pieces::Padded(24), 20), [24]);
+        assert_eq!(calls(Pieces::Padded(24), 25), [24, 24]);
         for pieces in [Pieces::Fixed(3), Pieces::UpTo(5), Pieces::Padded(12)] {
             for images in 1..40 {
                 calls(pieces, images);
             }
         }
         assert_eq!(Pieces::UpTo(4).sizes(), [1, 2, 4]);
-        assert_eq!(Pieces::Padded(48).sizes(), [1, 2, 4, 8, 16, 32, 48]);
         assert_eq!(Pieces::UpTo(1).sizes(), [1]);
+    }
+
+    #[test]
+    fn a_gpu_never_sees_two_shapes_unless_memory_is_short() {
+        let mut pieces = Pieces::Padded(32);
+        let mut shapes: Vec<usize> = (1..100).flat_map(|images| calls(pieces, images)).collect();
+        shapes.dedup();
+        assert_eq!((shapes, pieces.sizes()), (vec![32], vec![32]));
+        assert!(pieces.shrink());
+        assert_eq!(calls(pieces, 20), [16, 16]);
+        while pieces.shrink() {}
+        assert_eq!(calls(pieces, 2), [1, 1]);
+        assert!(!Pieces::Fixed(8).shrink() && !Pieces::UpTo(8).shrink());
     }
 
     #[test]

@@ -101,6 +101,11 @@ struct Gone {
     left: Left,
 }
 
+/// Breaks off with these images unanswered.
+fn gone(reason: String, images: Vec<Image>, pixels: &[u8]) -> ControlFlow<Gone> {
+    ControlFlow::Break(Gone { reason, left: Left { images, pixels: pixels.to_vec() } })
+}
+
 /// How far the back end brought a batch.
 enum Ran {
     Scored(Scores),
@@ -112,11 +117,13 @@ impl Executor {
     /// Runs every shape that will come, so that no image waits while the back end makes room for it
     /// or looks for its fastest kernels.
     fn warm(&mut self) -> Result<(), String> {
-        let frame = self.size.0 as usize * self.size.1 as usize * 3;
         for images in self.embedder.shapes() {
-            let black = vec![0; images * frame];
-            match self.embed(&black, images) {
-                Ok(_) => {}
+            match self.black(images) {
+                Ok(()) => {}
+                Err(EmbedError::OutOfMemory(reason)) if self.embedder.shrink() => {
+                    self.short_of_memory(images, &reason);
+                    return self.warm();
+                }
                 // Smaller ones ran; larger ones need not be tried.
                 Err(EmbedError::OutOfMemory(reason)) if images > 1 => {
                     self.lower_limit(images, &reason);
@@ -126,6 +133,12 @@ impl Executor {
             }
         }
         Ok(())
+    }
+
+    /// Embeds this many black images, on which no model fails.
+    fn black(&mut self, images: usize) -> Result<(), EmbedError> {
+        let frame = self.size.0 as usize * self.size.1 as usize * 3;
+        self.embed(&vec![0; images * frame], images).map(drop)
     }
 
     fn run(mut self) {
@@ -226,14 +239,17 @@ impl Executor {
                 }
                 ControlFlow::Continue(())
             }
+            Err(EmbedError::OutOfMemory(reason)) if self.embedder.shrink() => {
+                self.short_of_memory(count, &reason);
+                self.batch(images, pixels)
+            }
             Err(EmbedError::OutOfMemory(reason)) if count > 1 => {
                 self.lower_limit(count, &reason);
                 self.batch(images, pixels)
             }
             // Not for this image's sake: it has no memory for any.
             Err(EmbedError::Broken(reason) | EmbedError::OutOfMemory(reason)) => {
-                let left = Left { images, pixels: pixels.to_vec() };
-                ControlFlow::Break(Gone { reason, left })
+                gone(reason, images, pixels)
             }
             Err(EmbedError::Batch(reason)) => self.bisect(images, pixels, &reason),
         }
@@ -270,11 +286,27 @@ impl Executor {
         }
     }
 
+    /// The back end has made its calls smaller.
+    fn short_of_memory(&self, images: usize, reason: &str) {
+        self.shared.stats.metrics.out_of_memory();
+        let calls = self.embedder.shapes();
+        tracing::warn!(
+            session = self.lane,
+            ?calls,
+            "no memory for {images} images at once, calls are smaller from now on: {reason}"
+        );
+    }
+
+    /// Finds the image that the model fails on. If it fails on a black one as well, the fault is the
+    /// back end's: then no image is answered, and the reason is what it said of the black one.
     fn bisect(&mut self, images: Vec<Image>, pixels: &[u8], reason: &str) -> ControlFlow<Gone> {
         if images.len() > 1 {
             tracing::debug!(images = images.len(), reason, "a batch failed and is halved");
             let half = images.len() / 2;
             return self.parts(images, pixels, half);
+        }
+        if let Err(error) = self.black(1) {
+            return gone(format!("it fails on a black image, too: {error}"), images, pixels);
         }
         for image in images {
             let message = format!("the model failed on this image: {reason}");

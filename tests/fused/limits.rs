@@ -28,6 +28,38 @@ fn a_set_that_does_not_fit_is_for_the_host_and_others_are_not() {
     assert!(!refuses(fused.as_mut(), &next, 1));
 }
 
+/// Memory of this process, in bytes.
+fn resident() -> usize {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+/// Each test is a process of its own, so this one's memory tells what its session holds.
+#[test]
+fn a_version_that_nobody_serves_leaves_the_memory_of_sessions_that_scored_against_it() {
+    const ROWS: usize = 25_000;
+    let model = load("efficientnet-lite0");
+    let mut fused = open(&model, Scoring::Graph, PLENTY);
+    let bytes = ROWS * model.dim * size_of::<f32>();
+    let of = |rows: usize| {
+        let value = |(row, column): (usize, usize)| ((row * 31 + column * 17) % 97) as f32 + 1.0;
+        let vectors = Array2::from_shape_fn((rows, model.dim), value);
+        set(&labels(rows, |row| row), &vectors, Precision::F32)
+    };
+    let (image, small) = (noise(&model, 1, 3), of(2));
+    classify(fused.as_mut(), image.view(), &small, 1);
+    let before = resident();
+    let large = of(ROWS);
+    classify(fused.as_mut(), image.view(), &large, 1);
+    assert!(resident() > before + bytes, "it is there twice: for the host, and in the graph");
+    drop(large);
+    // A call of another kind: the first kind's last one must not keep what it was bound to.
+    let against = Against { classes: &small, top_k: 1, embeddings: true };
+    fused.classify(image.view(), &against).unwrap().unwrap();
+    let left = resident().saturating_sub(before);
+    assert!(left < bytes / 2, "{left} of {bytes} bytes are still there");
+}
+
 #[test]
 fn classes_of_very_many_vectors_are_for_the_host() {
     let mut fused = open(&load("tiny-mean"), Scoring::Graph, PLENTY);

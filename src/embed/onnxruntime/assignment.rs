@@ -17,33 +17,42 @@ use ort::sys::{OrtEpAssignedNode, OrtEpAssignedSubgraph, OrtStatusPtr};
 /// The configuration entry of a session, to be "1", without which nothing is recorded.
 pub(super) const RECORD: &str = "session.record_ep_graph_assignment_info";
 
-/// Operators that a model spends its time in. One of them on the CPU makes a session on a GPU
-/// slower than none; what computes shapes belongs on the CPU, where ONNX Runtime puts it on purpose.
-const COMPUTE: [&str; 24] = [
-    "Attention",
-    "AveragePool",
-    "BatchNormalization",
-    "Conv",
-    "ConvInteger",
-    "ConvTranspose",
-    "FusedConv",
-    "FusedGemm",
-    "FusedMatMul",
-    "GRU",
-    "Gemm",
-    "GlobalAveragePool",
-    "LSTM",
-    "LayerNormalization",
-    "MatMul",
-    "MatMulInteger",
-    "MaxPool",
-    "MultiHeadAttention",
-    "NhwcFusedConv",
-    "QLinearConv",
-    "QLinearMatMul",
-    "ReduceL2",
-    "Softmax",
-    "TopK",
+/// Operators that compute shapes, which ONNX Runtime puts on the CPU on purpose, where the sizes are.
+/// Any other that a GPU leaves to the CPU moves activations there and back, and is refused: which
+/// operators a provider lacks is not known beforehand (of an int8 model it may be all).
+const SHAPES: [&str; 32] = [
+    "Add",
+    "And",
+    "Cast",
+    "Ceil",
+    "Concat",
+    "Constant",
+    "ConstantOfShape",
+    "Div",
+    "Equal",
+    "Expand",
+    "Floor",
+    "Gather",
+    "Greater",
+    "Identity",
+    "Less",
+    "Max",
+    "Min",
+    "Mod",
+    "Mul",
+    "Neg",
+    "Not",
+    "Or",
+    "Range",
+    "ReduceProd",
+    "Reshape",
+    "Shape",
+    "Size",
+    "Slice",
+    "Squeeze",
+    "Sub",
+    "Unsqueeze",
+    "Where",
 ];
 
 /// The nodes of a session by provider, each with how many there are of each operator.
@@ -93,18 +102,19 @@ impl Assignment {
         }
     }
 
-    /// Checks that this provider has nodes, and that the CPU has none that compute.
+    /// Checks that this provider has nodes, and that the CPU has none but those that compute shapes.
     ///
     /// # Errors
     /// What the CPU would have to execute.
     pub fn check(&self, provider: &str) -> Result<(), String> {
         let on_the_cpu = self.0.get(CPU).into_iter().flatten();
-        let computed: Vec<&str> = on_the_cpu
-            .map(|(operator, _)| operator.as_str())
-            .filter(|operator| COMPUTE.contains(operator))
+        let computed: Vec<String> = on_the_cpu
+            .filter(|(operator, _)| !SHAPES.contains(&operator.as_str()))
+            .map(|(operator, nodes)| format!("{nodes} {operator}"))
             .collect();
         if provider != CPU && !computed.is_empty() {
-            return Err(format!("{provider} leaves {} to the CPU", computed.join(", ")));
+            let computed = computed.join(", ");
+            return Err(format!("{provider} leaves nodes of the model to the CPU: {computed}"));
         }
         match self.0.contains_key(provider) {
             true => Ok(()),
@@ -192,7 +202,11 @@ mod tests {
     fn what_computes_on_the_cpu_is_named() {
         let found = assignment(&[(CUDA, "Conv", 50), (CPU, "Gemm", 1), (CPU, "TopK", 1)]);
         let reason = found.check(CUDA).unwrap_err();
-        assert_eq!(reason, "CUDAExecutionProvider leaves Gemm, TopK to the CPU");
+        let wanted = "CUDAExecutionProvider leaves nodes of the model to the CPU: 1 Gemm, 1 TopK";
+        assert_eq!(reason, wanted);
+        let int8 = [(CUDA, "Conv", 50), (CPU, "QuantizeLinear", 90), (CPU, "Gather", 1)];
+        let reason = assignment(&int8).check(CUDA).unwrap_err();
+        assert!(reason.ends_with("to the CPU: 90 QuantizeLinear"), "{reason}");
         let found = assignment(&[(CPU, "Shape", 2)]);
         let reason = found.check(CUDA).unwrap_err();
         assert!(reason.starts_with("CUDAExecutionProvider executes nothing"), "{reason}");

@@ -69,6 +69,14 @@ impl Calls {
         session.run_binding(binding).map_err(failed)
     }
 
+    /// Lets go of what was bound. A binding that kept its class vectors until its next run would keep
+    /// a version in memory that nobody serves any more.
+    pub fn release(&mut self) {
+        for call in &mut self.calls {
+            call.binding.clear_inputs();
+        }
+    }
+
     /// Where the call of this size and kind stands; made if there is none.
     fn call(
         &mut self,

@@ -138,6 +138,7 @@ impl Scoring {
             }
             Ok(())
         });
+        calls.release();
         Some(outcome.and_then(|()| {
             if against.embeddings {
                 scores.embeddings = Some(embeddings(&embedded, images, dim)?);
