@@ -216,8 +216,12 @@ pub(crate) fn short(text: &str) -> ShortString {
     })
 }
 
-/// Where a quorum queue tells how often a message was delivered before without being acked.
+/// Where a quorum queue tells how many deliveries of a message have failed. Before 4.0 each that came
+/// back counts; on 4.3 one that was handed back or took too long does not.
 pub(crate) const DELIVERY_COUNT: &str = "x-delivery-count";
+
+/// Where a quorum queue tells, from 4.0 on, how many deliveries of a message came back for any reason.
+pub(crate) const ACQUIRED_COUNT: &str = "x-acquired-count";
 
 /// The queue of jobs that a dead letter came from, so that it goes back there.
 pub(crate) const JOBS_QUEUE: &str = "angler-jobs-queue";

@@ -25,17 +25,26 @@ pub trait JobSource: Send {
     /// Only when the source is gone for good; what can come back is waited for inside.
     async fn receive(&mut self) -> Result<Option<Delivery>, FatalError>;
 
-    /// True while suspects wait: jobs that a worker held when it ended or lost its connection. One
-    /// of them may be what ended it, so each runs alone. None if this source cannot have any.
+    /// Returns whether suspects wait: jobs that workers held when they died. One of them may be what
+    /// killed them, so each runs alone. `None` if this source cannot have any.
     fn suspects(&self) -> Option<watch::Receiver<bool>> {
         None
     }
 
-    /// One suspect, to be called only while no other job is in flight: it is not taken from the
-    /// broker before, so that no job but the guilty one is ever held when the process dies. None if
-    /// somebody else was faster.
+    /// Asks to be the one worker that runs suspects, and returns whether it is. Answers within
+    /// seconds.
+    async fn take_turn(&mut self) -> bool {
+        true
+    }
+
+    /// Lets another worker run suspects.
+    async fn end_turn(&mut self) {}
+
+    /// Returns a suspect, or `None` if none can run now. To be called only in this worker's turn and
+    /// while no other job is in hand: a suspect is not taken from the broker before, so that no job but
+    /// the guilty one is held when the process dies.
     ///
-    /// A call that is dropped may hold a job until the source is closed.
+    /// Cancel-safe: a suspect that nobody receives goes back.
     ///
     /// # Errors
     /// Only when the source is gone for good.

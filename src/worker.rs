@@ -8,7 +8,8 @@
 //!   jobs that wait for a slow sink hold no image permits.
 //! * **Ack last.** A delivery is settled only after its result is confirmed.
 //! * **One version a job**: chosen at admission, kept to the end.
-//! * **Suspects run alone**: a job that a worker held when it ended may be what ended it.
+//! * **Suspects run alone**, on one worker of the fleet: a job that workers held when they died may be
+//!   what killed them.
 //! * **No jobs while the store is away**: they would only spend their attempts.
 
 mod course;
@@ -78,9 +79,9 @@ struct Core {
 
 /// What the worker does next.
 enum Next {
-    /// A job, or none if there will be no more.
-    Job(Option<Box<Delivery>>),
-    /// Suspects wait, and it is their turn.
+    /// A job and its place, or `None` if there will be no more.
+    Job(Option<(Box<Delivery>, OwnedSemaphorePermit)>),
+    /// Suspects wait, and it is time to ask for the turn.
     Suspects,
     /// The store is away.
     Outage,
@@ -131,52 +132,90 @@ impl Worker {
         jobs: &mut JoinSet<Result<(), FatalError>>,
     ) -> Result<(), FatalError> {
         let core = Arc::clone(&self.core);
-        let all = u32::try_from(core.options.jobs_in_flight.max(1)).unwrap_or(u32::MAX);
         let mut suspects = Suspects::new(self.source.suspects());
         loop {
-            // Capacity before work: a job that cannot be started is left to another worker.
-            let slot = places(slots, 1);
-            let Some(slot) = core.meanwhile(slot, stop, jobs).await? else { return Ok(()) };
-            let next = self.next(&mut suspects);
+            let next = self.next(&mut suspects, slots);
             let Some(next) = core.meanwhile(next, stop, jobs).await? else { return Ok(()) };
             match next? {
                 Next::Job(None) => return Ok(()),
-                Next::Job(Some(delivery)) => core.start(*delivery, slot, stop, jobs).await,
+                Next::Job(Some((delivery, slot))) => core.start(*delivery, slot, stop, jobs).await,
                 Next::Outage => {
                     self.source.pause("the store does not answer").await;
                     let over = core.store_is_back();
                     let Some(()) = core.meanwhile(over, stop, jobs).await? else { return Ok(()) };
                 }
                 Next::Suspects => {
-                    drop(slot);
-                    let alone = places(slots, all);
-                    let Some(alone) = core.meanwhile(alone, stop, jobs).await? else {
-                        return Ok(());
-                    };
-                    let suspect = self.source.receive_suspect();
-                    let Some(suspect) = core.meanwhile(suspect, stop, jobs).await? else {
-                        return Ok(());
-                    };
-                    if let Some(delivery) = suspect? {
-                        core.start(delivery, alone, stop, jobs).await;
-                    }
+                    let ran = self.run_suspects(&mut suspects, slots, stop, jobs).await?;
+                    let Some(()) = ran else { return Ok(()) };
                 }
             }
         }
     }
 
     /// Cancel-safe, as `receive` is.
-    async fn next(&mut self, suspects: &mut Suspects) -> Result<Next, FatalError> {
+    async fn next(
+        &mut self,
+        suspects: &mut Suspects,
+        slots: &Arc<Semaphore>,
+    ) -> Result<Next, FatalError> {
+        // Capacity before work: a job that cannot be started is left to another worker.
+        let slot = places(slots, 1).await;
+        let idle = places(slots, self.core.places() - 1);
         tokio::select! {
             biased;
             () = self.core.store_is_away() => Ok(Next::Outage),
-            () = suspects.turn() => Ok(Next::Suspects),
-            delivery = self.source.receive() => Ok(Next::Job(delivery?.map(Box::new))),
+            () = suspects.due(idle) => Ok(Next::Suspects),
+            delivery = self.source.receive() => {
+                Ok(Next::Job(delivery?.map(|delivery| (Box::new(delivery), slot))))
+            }
         }
+    }
+
+    /// Runs suspects one at a time, each alone, for a stretch, if no other worker does; `None` if the
+    /// worker is to stop.
+    async fn run_suspects(
+        &mut self,
+        suspects: &mut Suspects,
+        slots: &Arc<Semaphore>,
+        stop: &CancellationToken,
+        jobs: &mut JoinSet<Result<(), FatalError>>,
+    ) -> Result<Option<()>, FatalError> {
+        let core = Arc::clone(&self.core);
+        if !self.source.take_turn().await {
+            suspects.taken();
+            return Ok(Some(()));
+        }
+        // Other jobs first end, but not at any price: one may wait for something that never comes.
+        let alone = timeout(suspects.patience(), places(slots, core.places()));
+        let Some(alone) = core.meanwhile(alone, stop, jobs).await? else { return Ok(None) };
+        let Ok(mut alone) = alone else {
+            tracing::info!("jobs in hand take long: suspects wait until later");
+            suspects.given_up();
+            self.source.end_turn().await;
+            return Ok(Some(()));
+        };
+        let end = Instant::now() + turns::STRETCH;
+        while Instant::now() < end {
+            let suspect = self.source.receive_suspect();
+            let Some(suspect) = core.meanwhile(suspect, stop, jobs).await? else { return Ok(None) };
+            let Some(delivery) = suspect? else {
+                suspects.none_left();
+                self.source.end_turn().await;
+                return Ok(Some(()));
+            };
+            core.start(delivery, alone, stop, jobs).await;
+            // Until it is settled.
+            let again = places(slots, core.places());
+            let Some(again) = core.meanwhile(again, stop, jobs).await? else { return Ok(None) };
+            alone = again;
+        }
+        suspects.had_their_turn();
+        self.source.end_turn().await;
+        Ok(Some(()))
     }
 }
 
-/// Waits for so many of the places that admitted jobs hold.
+/// Waits for `count` of the places that admitted jobs hold.
 async fn places(slots: &Arc<Semaphore>, count: u32) -> OwnedSemaphorePermit {
     match Arc::clone(slots).acquire_many_owned(count).await {
         Ok(places) => places,
@@ -211,6 +250,11 @@ impl Core {
                 done = &mut work => return Ok(Some(done)),
             }
         }
+    }
+
+    /// Jobs in hand at once, at most.
+    fn places(&self) -> u32 {
+        u32::try_from(self.options.jobs_in_flight.max(1)).unwrap_or(u32::MAX)
     }
 
     async fn store_is_away(&self) {

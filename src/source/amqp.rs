@@ -3,11 +3,11 @@
 //! A lost connection ends its consumer; its deliveries can no longer be acked and come back, so
 //! their `lost` token is cancelled and work on them stops. Then the loop connects anew.
 //!
-//! A delivery that the broker marks as redelivered was held by a worker that ended or lost its
-//! connection, and may be what ended it. It is moved to a queue of its own, whose jobs run alone
-//! ([`JobSource::receive_suspect`]): there the broker counts how often *this* job was held when its
-//! worker ended, and no innocent job is ever counted with it. Whatever a worker gives back in order
-//! is published anew instead, so that it is no suspect.
+//! A delivery that came back to the broker before was held by a worker that died or lost its
+//! connection, and may be what killed it. After the second time it is moved to a queue of its own,
+//! whose jobs run alone ([`JobSource::receive_suspect`]): there the broker counts how often *this* job
+//! was held when its worker ended, and no innocent job is ever counted with it. What a worker gives back
+//! on purpose is published again instead, and does not count.
 
 mod acks;
 mod live;
@@ -34,15 +34,19 @@ use crate::amqp::publisher::Publisher;
 use crate::amqp::sanitize::UNPARSABLE;
 use crate::amqp::topology::Topology;
 use crate::amqp::{
-    AmqpError, AmqpOptions, Backoff, DELIVERY_COUNT, close, number_header, put, short,
-    string_header,
+    ACQUIRED_COUNT, AmqpError, AmqpOptions, Backoff, DELIVERY_COUNT, close, number_header, put,
+    short, string_header,
 };
 use crate::error::{Failure, FailureCode, FatalError};
 use crate::health::Readiness;
 use crate::job::{Job, JobLimits, id_of_malformed};
 
-/// How often a suspect runs alone before it is given up. With the run among others that made it
-/// one, a job ends at most four workers.
+/// How many deliveries of a job among others have to come back before it is set apart. A connection
+/// that breaks returns all jobs of its worker, and rarely the same ones twice.
+const LOSSES: i64 = 2;
+
+/// How often a suspect runs alone before it is given up. With the runs among others that made it one,
+/// a job kills at most five workers.
 const SUSPECT_RUNS: i64 = 3;
 
 /// What giving back or moving messages may take when the broker does not answer: what is left
@@ -259,7 +263,7 @@ impl AmqpSource {
         tracing::info!(
             job = message.properties.message_id().as_ref().map(ShortString::as_str),
             queue = self.topology.suspects_queue(),
-            "delivered again: a worker ended while it held this job, which now runs apart"
+            "delivered again: workers ended while they held this job, which now runs alone"
         );
         self.moving.spawn(async move {
             lost.run_until_cancelled(message.set_apart()).await;
@@ -280,9 +284,9 @@ impl AmqpSource {
         let (lost, acks) = (live.lost.clone(), live.acks.clone());
         let mut prefetched = Vec::new();
         while let Ok(Some(Ok(delivery))) = timeout(GIVE_BACK, consumer.next()).await {
-            let (redelivered, ack) = (delivery.redelivered, acks.pending(delivery.delivery_tag));
+            let (is_suspect, ack) = (is_suspect(&delivery), acks.pending(delivery.delivery_tag));
             let message = self.message(delivery, ack, false);
-            if redelivered {
+            if is_suspect {
                 self.set_apart(message, lost.clone());
             } else {
                 prefetched.push(message);
@@ -293,12 +297,28 @@ impl AmqpSource {
     }
 }
 
+/// Returns whether a delivery came back so often that its job has to run alone.
+fn is_suspect(delivery: &lapin::message::Delivery) -> bool {
+    if !delivery.redelivered {
+        return false;
+    }
+    let headers = delivery.properties.headers().as_ref();
+    let count = |key| headers.and_then(|headers| number_header(headers, key));
+    match (count(DELIVERY_COUNT), count(ACQUIRED_COUNT)) {
+        (Some(losses), _) => losses >= LOSSES,
+        // From 4.0 on: it was only handed back.
+        (None, Some(_)) => false,
+        // A classic queue does not count.
+        (None, None) => true,
+    }
+}
+
 /// Why a suspect is not run again.
 fn given_up(runs: i64) -> Failure {
     Failure::new(
         FailureCode::RetriesExhausted,
         format!(
-            "a worker ended each time that it worked on this job: once among others, {runs} times \
+            "a worker ended each time that it worked on this job: among others, and then {runs} times \
              alone. An image of it may be what kills the process; the workers' logs and the system's \
              (out of memory?) say more"
         ),
@@ -326,10 +346,10 @@ impl JobSource for AmqpSource {
             match next {
                 Some(Ok(delivery)) => {
                     self.backoff.reset();
-                    let redelivered = delivery.redelivered;
+                    let is_suspect = is_suspect(&delivery);
                     let ack = acks.pending(delivery.delivery_tag);
                     let message = self.message(delivery, ack, false);
-                    if redelivered {
+                    if is_suspect {
                         self.set_apart(message, lost);
                         continue;
                     }

@@ -28,6 +28,14 @@ struct Lane {
     /// Where its next job starts, unless it is idle for longer.
     tag: f64,
     ended: bool,
+    /// Whether it is this worker's turn to run the lane's suspects.
+    has_turn: bool,
+}
+
+impl Lane {
+    fn has_suspects(&self) -> bool {
+        self.source.suspects().is_some_and(|waiting| *waiting.borrow())
+    }
 }
 
 impl Lanes {
@@ -38,6 +46,7 @@ impl Lanes {
             weight: f64::from(weight.max(1)),
             tag: 0.0,
             ended: false,
+            has_turn: false,
         };
         Self { lanes: sources.into_iter().map(lane).collect(), now: 0.0 }
     }
@@ -109,9 +118,25 @@ impl JobSource for Lanes {
         Some(told)
     }
 
+    async fn take_turn(&mut self) -> bool {
+        for lane in &mut self.lanes {
+            lane.has_turn = lane.has_suspects() && lane.source.take_turn().await;
+        }
+        self.lanes.iter().any(|lane| lane.has_turn)
+    }
+
+    async fn end_turn(&mut self) {
+        for lane in &mut self.lanes {
+            if std::mem::take(&mut lane.has_turn) {
+                lane.source.end_turn().await;
+            }
+        }
+    }
+
     async fn receive_suspect(&mut self) -> Result<Option<Delivery>, FatalError> {
         for lane in &mut self.lanes {
-            if lane.source.suspects().is_some_and(|waiting| *waiting.borrow())
+            if lane.has_turn
+                && lane.has_suspects()
                 && let Some(delivery) = lane.source.receive_suspect().await?
             {
                 return Ok(Some(delivery));
@@ -224,12 +249,20 @@ mod tests {
         let mut waiting = lanes.suspects().unwrap();
         assert!(!*waiting.borrow_and_update());
         push(&b, "guilty", 1);
-        drop(next(&mut lanes).await); // as if the worker had died
+        for _ in 0..2 {
+            drop(next(&mut lanes).await); // as if the worker had died
+        }
         waiting.wait_for(|waiting| *waiting).await.unwrap();
+        assert!(lanes.receive_suspect().await.unwrap().is_none(), "it is not its turn");
+        assert!(lanes.take_turn().await);
+        let mut others = Lanes::new(vec![(Box::new(b.source(LIMITS)), 1)]);
+        assert!(!others.take_turn().await, "only one has the turn");
         let suspect = lanes.receive_suspect().await.unwrap().unwrap();
         assert!(suspect.suspect);
         suspect.settle.settle(Settlement::Ack).await;
         waiting.wait_for(|waiting| !*waiting).await.unwrap();
         assert!(lanes.receive_suspect().await.unwrap().is_none());
+        lanes.end_turn().await;
+        assert!(b.source(LIMITS).take_turn().await, "it is free again");
     }
 }

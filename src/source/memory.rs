@@ -3,6 +3,7 @@
 //! For tests: of the worker, and of every real source against the same rules.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -13,13 +14,18 @@ use super::{Delivery, JobSource, Reply, Settle, Settlement, Unworkable};
 use crate::error::FatalError;
 use crate::job::{Job, JobLimits, id_of_malformed};
 
+/// How often a message is dropped unsettled before it is a suspect.
+const LOSSES: u32 = 2;
+
 /// A shared queue; clones see the same messages.
 #[derive(Clone, Default)]
 pub struct MemoryQueue {
     state: Arc<Mutex<State>>,
     changed: Arc<Notify>,
-    /// Some: what is dropped unsettled becomes a suspect. None: it comes again as it was.
+    /// Whether suspects wait; `None` if there are none: what is dropped unsettled just comes again.
     suspects: Option<Arc<watch::Sender<bool>>>,
+    /// Whether a consumer has the turn to run suspects.
+    turn: Arc<AtomicBool>,
 }
 
 #[derive(Default)]
@@ -35,11 +41,13 @@ struct State {
 struct Message {
     body: Vec<u8>,
     attempt: u32,
+    /// How often it was dropped unsettled.
+    losses: u32,
     suspect: bool,
 }
 
 impl MemoryQueue {
-    /// A queue that sets apart what was dropped unsettled, as the jobs queue of a broker does.
+    /// A queue that sets apart what was dropped unsettled twice, as the jobs queue of a broker does.
     pub fn with_suspects() -> Self {
         Self { suspects: Some(Arc::new(watch::Sender::new(false))), ..Self::default() }
     }
@@ -50,19 +58,25 @@ impl MemoryQueue {
 
     /// Puts a message at the end.
     pub fn push(&self, body: impl Into<Vec<u8>>) {
-        self.state().waiting.push_back(Message { body: body.into(), attempt: 1, suspect: false });
+        let message = Message { body: body.into(), attempt: 1, losses: 0, suspect: false };
+        self.state().waiting.push_back(message);
         self.changed.notify_waiters();
     }
 
-    /// Gives back what was dropped unsettled.
-    fn set_apart(&self, state: &mut State, mut message: Message) {
+    /// Puts back what was dropped unsettled.
+    fn lose(&self, state: &mut State, mut message: Message) {
+        message.losses += 1;
+        message.suspect |= message.losses >= LOSSES;
+        self.put_back(state, message);
+    }
+
+    fn put_back(&self, state: &mut State, message: Message) {
         match &self.suspects {
-            Some(waiting) => {
-                message.suspect = true;
+            Some(waiting) if message.suspect => {
                 state.suspects.push_back(message);
                 waiting.send_replace(true);
             }
-            None => state.waiting.push_front(message),
+            _ => state.waiting.push_front(message),
         }
     }
 
@@ -85,7 +99,7 @@ impl MemoryQueue {
 
     /// A consumer of this queue.
     pub fn source(&self, limits: JobLimits) -> MemorySource {
-        MemorySource { queue: self.clone(), limits, stopped: false }
+        MemorySource { queue: self.clone(), limits, stopped: false, has_turn: false }
     }
 }
 
@@ -94,6 +108,21 @@ pub struct MemorySource {
     queue: MemoryQueue,
     limits: JobLimits,
     stopped: bool,
+    has_turn: bool,
+}
+
+impl MemorySource {
+    fn release(&mut self) {
+        if std::mem::take(&mut self.has_turn) {
+            self.queue.turn.store(false, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Drop for MemorySource {
+    fn drop(&mut self) {
+        self.release();
+    }
 }
 
 #[async_trait]
@@ -121,6 +150,15 @@ impl JobSource for MemorySource {
 
     fn suspects(&self) -> Option<watch::Receiver<bool>> {
         self.queue.suspects.as_ref().map(|suspects| suspects.subscribe())
+    }
+
+    async fn take_turn(&mut self) -> bool {
+        self.has_turn = self.has_turn || !self.queue.turn.swap(true, Ordering::SeqCst);
+        self.has_turn
+    }
+
+    async fn end_turn(&mut self) {
+        self.release();
     }
 
     async fn receive_suspect(&mut self) -> Result<Option<Delivery>, FatalError> {
@@ -174,10 +212,9 @@ impl Settle for MemorySettle {
         state.settled.push((message.body.clone(), settlement.clone()));
         match settlement {
             Settlement::Ack | Settlement::DeadLetter(_) => {}
-            Settlement::Requeue if message.suspect => self.queue.set_apart(&mut state, message),
-            Settlement::Requeue => state.waiting.push_front(message),
+            Settlement::Requeue => self.queue.put_back(&mut state, message),
             Settlement::Retry { .. } => {
-                message.suspect = false;
+                (message.suspect, message.losses) = (false, 0);
                 message.attempt += 1;
                 state.waiting.push_back(message);
             }
@@ -193,7 +230,7 @@ impl Drop for MemorySettle {
         if let Some(message) = self.message.take() {
             let mut state = self.queue.state();
             state.unsettled -= 1;
-            self.queue.set_apart(&mut state, message);
+            self.queue.lose(&mut state, message);
             drop(state);
             self.queue.changed.notify_waiters();
         }

@@ -223,7 +223,9 @@ pub async fn receive_any(source: &mut Box<dyn JobSource>) -> Delivery {
                 // It moves those that are delivered again, and hands out the others.
                 other = source.receive() => return other.unwrap().expect("the source ended"),
             }
-            if let Some(delivery) = source.receive_suspect().await.unwrap() {
+            if source.take_turn().await
+                && let Some(delivery) = source.receive_suspect().await.unwrap()
+            {
                 assert!(delivery.suspect);
                 return delivery;
             }
@@ -333,6 +335,13 @@ async fn what_a_dead_worker_held_comes_again_apart(world: &impl World) {
     // No stop: a worker that dies says nothing.
     source.close().await;
     drop(source);
+    // The first time may be an accident of its connection.
+    let mut source = world.source();
+    let held = [receive(&mut source).await, receive(&mut source).await];
+    assert_eq!(held.each_ref().map(|delivery| delivery.suspect), [false; 2]);
+    drop(held);
+    source.close().await;
+    drop(source);
 
     let mut source = world.source();
     let mut again = Vec::new();
@@ -355,10 +364,11 @@ async fn a_suspect_that_is_given_back_stays_one_and_one_that_is_retried_is_none(
 ) {
     world.push(&job("a")).await;
     let mut source = world.source();
-    drop(receive(&mut source).await);
-    source.close().await;
-    drop(source);
-    let mut source = world.source();
+    for _ in 0..2 {
+        drop(receive(&mut source).await);
+        source.close().await;
+        source = world.source();
+    }
     // As often as it likes: this is no failed run.
     for _ in 0..5 {
         let suspect = receive_suspect(&mut source).await;
@@ -695,7 +705,11 @@ async fn a_suspect_whose_worker_ends_again_and_again_is_given_up_with_a_reason()
     let body = json!({"id": "a", "images": ["s3://b/k"], "classes": "s", "run": run}).to_string();
     world.push(body.as_bytes()).await;
     let mut source = world.source();
-    drop(receive(&mut source).await);
+    for _ in 0..2 {
+        drop(receive(&mut source).await);
+        source.close().await;
+        source = world.source();
+    }
     for _ in 0..3 {
         source.close().await;
         source = world.source();
@@ -807,7 +821,7 @@ async fn deliveries_of_a_connection_that_is_cut_are_lost_and_come_again() {
         // What was prefetched on the old connection may still be handed out; it is lost too.
         let delivery = receive_any(&mut source).await;
         if !delivery.lost.is_cancelled() {
-            assert!(delivery.suspect);
+            assert!(!delivery.suspect, "no worker has died");
             again.push(id(&delivery));
             delivery.settle.settle(Settlement::Ack).await;
         }
