@@ -127,13 +127,16 @@ impl RunQueues {
     /// # Errors
     /// What the broker said.
     pub async fn is_cancelled(&self, channel: &Channel) -> Result<bool, AmqpError> {
+        answer(self.ask_cancelled(channel)).await
+    }
+
+    /// Asks the same without a deadline: a broker that blocks publishers does not answer.
+    pub(super) async fn ask_cancelled(&self, channel: &Channel) -> Result<bool, lapin::Error> {
         let mandatory = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let queue = short(&self.cancelled);
-        let asking = async {
-            channel.basic_publish("".into(), queue, mandatory, &[], question()).await?.await
-        };
+        let sent = channel.basic_publish("".into(), queue, mandatory, &[], question()).await?;
         // Only a queue that exists refuses a message.
-        Ok(matches!(answer(asking).await?, Confirmation::Ack(None) | Confirmation::Nack(None)))
+        Ok(matches!(sent.await?, Confirmation::Ack(None) | Confirmation::Nack(None)))
     }
 
     /// Deletes all queues of the run, with what is in them.

@@ -1,4 +1,4 @@
-//! Work that goes on over one connection after another.
+//! Work that continues over one connection after another.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::amqp::{AmqpError, AmqpOptions, Backoff, close, connect};
 
 /// Why an attempt ended before its work did.
 pub(super) enum Failed<E> {
-    /// Another connection may do.
+    /// Another attempt may succeed.
     Connection(String),
     /// None will.
     Final(E),
@@ -26,9 +26,9 @@ impl<E> From<AmqpError> for Failed<E> {
 pub(super) enum Ended<T> {
     /// It is done.
     Done(T),
-    /// It was asked to.
+    /// It was asked to stop.
     Stopped,
-    /// The broker was away, or no progress was made, for as long as is waited.
+    /// Connections failed and nothing progressed for as long as [`Reconnect::patience`].
     Away(String),
 }
 
@@ -43,11 +43,11 @@ pub(super) struct Reconnect<'a> {
 }
 
 impl Reconnect<'_> {
-    /// Runs `attempt` on one connection after another until it ends for good. It sets the instant it
-    /// is given whenever it makes progress.
+    /// Runs `attempt` on one connection after another until it ends for good. `attempt` sets the instant
+    /// that it is given whenever it makes progress.
     ///
     /// # Errors
-    /// What is final.
+    /// The first that is final.
     pub(super) async fn run<T, E>(
         &self,
         mut attempt: impl AsyncFnMut(&Connection, &mut Instant) -> Result<T, Failed<E>>,
@@ -78,7 +78,7 @@ impl Reconnect<'_> {
             let pause = backoff.next();
             tracing::warn!(
                 pause_seconds = pause.as_secs_f64(),
-                "{role} goes on in a moment: {reason}"
+                "{role}: reconnecting to the broker: {reason}"
             );
             tokio::select! {
                 () = sleep(pause) => {}

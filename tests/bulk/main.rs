@@ -5,6 +5,7 @@
 mod files;
 mod lanes;
 mod runs;
+mod sending;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -27,11 +28,14 @@ struct World {
 
 impl World {
     async fn new() -> Self {
+        Self::of(Broker::new().await).await
+    }
+
+    async fn of(broker: Broker) -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(folder.path().join("classes/colours")).unwrap();
         let file = folder.path().join("classes/colours/1.safetensors");
         std::fs::write(file, tiny::version("colours", "1")).unwrap();
-        let broker = Broker::new().await;
         let mut setup = Setup::worker(&broker, folder.path().join("classes").to_str().unwrap());
         setup.set("model.path", repository(tiny::MODEL).to_str().unwrap());
         setup.set("embedder.backend", "tract");

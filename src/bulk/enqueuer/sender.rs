@@ -3,7 +3,6 @@
 use std::time::{Duration, SystemTime};
 
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Confirmation, Connection};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -12,7 +11,7 @@ use super::unsent::{Message, Unsent};
 use super::{EnqueueError, Obstacle, Plan, Step, Target};
 use crate::amqp::ask::{answer, look_at};
 use crate::amqp::turn::{Turn, TurnError};
-use crate::amqp::{AmqpError, Backoff, put, short};
+use crate::amqp::{AmqpError, Backoff, short};
 use crate::bulk::mark::{self, Look, Mark, MarkError, Marker, Written, new_nonce};
 use crate::bulk::queues::{IdQueues, RunQueues};
 use crate::bulk::reconnect::Failed;
@@ -20,15 +19,12 @@ use crate::bulk::registry::{self, Begun};
 use crate::bulk::spool::Images;
 use crate::job::JOB_TYPE;
 
-/// Header of a run's jobs: the digest of its images and of how they are sent.
-const DIGEST: &str = "angler-run-digest";
-
 /// How often to look how long the queue is and whether the run was cancelled.
 const LOOK: Duration = Duration::from_millis(500);
 /// How often the mark is written while jobs are sent.
 const MARK: Duration = Duration::from_millis(250);
 /// How long to wait for another sender of the run to end.
-const TURN: Duration = Duration::from_secs(10);
+const TURN: Duration = Duration::from_secs(5);
 
 /// How often a wait looks whether the broker blocks publishers, and how long one that does not may
 /// take to answer.
@@ -49,6 +45,7 @@ pub(super) struct Sender<'a, F> {
     unsent: Option<Unsent<'a>>,
     is_listed: bool,
     is_told: bool,
+    has_warned: bool,
 }
 
 /// What a sender has of one connection.
@@ -83,9 +80,9 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
         stop: &'a CancellationToken,
         seen: F,
     ) -> Self {
-        let (unsent, is_listed, is_told) = (None, false, false);
+        let (unsent, is_listed, is_told, has_warned) = (None, false, false, false);
         let names = IdQueues::new(target.first, &plan.run);
-        Self { target, names, plan, images, stop, seen, unsent, is_listed, is_told }
+        Self { target, names, plan, images, stop, seen, unsent, is_listed, is_told, has_warned }
     }
 
     /// Returns how many jobs are confirmed.
@@ -129,7 +126,7 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
             jobs,
             asking: confirming(connection).await?,
             looked: None,
-            properties: properties(&mark, &queues),
+            properties: properties(&queues),
             queues,
         };
         self.send(&mut link, progress).await
@@ -279,7 +276,7 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
                 (self.seen)(sent);
             }
             match refused.is_empty() {
-                false => self.refused(link, progress, backoff.next()).await?,
+                false => self.refused(link, progress, &mut backoff).await?,
                 true if link.marked.elapsed() >= MARK => self.mark(link).await?,
                 true => {}
             }
@@ -293,7 +290,7 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
         &mut self,
         link: &mut Link<'_>,
         progress: &Instant,
-        pause: Duration,
+        backoff: &mut Backoff,
     ) -> Outcome<()> {
         let patience = self.plan.patience;
         if progress.elapsed() >= patience {
@@ -304,11 +301,18 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
         }
         self.mark(link).await?;
         (self.seen)(Step::Refused);
+        if !self.has_warned {
+            self.has_warned = true; // A queue that stays full refuses again and again.
+            tracing::warn!(
+                queue = self.target.topology.jobs,
+                "the queue refuses jobs (it is full, or has no leader); sending them again until it accepts them"
+            );
+        }
         // After a change of leader RabbitMQ 3.10 refuses whatever an old channel publishes.
         link.jobs = confirming(link.connection).await?;
         let left = patience.saturating_sub(progress.elapsed());
         tokio::select! {
-            () = sleep(pause.min(left)) => {}
+            () = sleep(backoff.next().min(left)) => {}
             () = self.stop.cancelled() => {}
         }
         Ok(())
@@ -326,7 +330,9 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
             {
                 return Ok(Some(room));
             }
-            if link.queues.is_cancelled(&link.asking).await? {
+            let waiting = Waiting { stop: self.stop, patience: self.plan.patience, progress };
+            let asking = link.queues.ask_cancelled(&link.asking);
+            if waiting.answer(link.connection, asking).await? {
                 (self.seen)(Step::Cancelled);
                 return Ok(None);
             }
@@ -454,11 +460,8 @@ fn mark_refused() -> Failed<EnqueueError> {
     Failed::Connection("the broker refused the run's mark".to_owned())
 }
 
-fn properties(mark: &Mark, queues: &RunQueues) -> BasicProperties {
-    let mut headers = FieldTable::default();
-    put(&mut headers, DIGEST, &mark.digest);
+fn properties(queues: &RunQueues) -> BasicProperties {
     BasicProperties::default()
-        .with_headers(headers)
         .with_delivery_mode(2)
         .with_type(JOB_TYPE.into())
         .with_content_type("application/json".into())
