@@ -66,6 +66,16 @@ pub enum AmqpError {
     /// No answer in time.
     #[error("the broker did not answer within {0} s")]
     Silent(u64),
+    /// Queues or an exchange are missing, and the user may not declare them.
+    #[error(
+        "there is no {names} on this virtual host, and the broker does not let this user declare it: {refusal}; declare it as another user, or grant this one `configure` for it"
+    )]
+    Undeclared {
+        /// Their names.
+        names: String,
+        /// The broker's words.
+        refusal: String,
+    },
 }
 
 impl From<lapin::Error> for AmqpError {
@@ -195,11 +205,6 @@ impl Backoff {
         self.failures = 0;
     }
 
-    /// Whether there was no failure yet.
-    pub(crate) fn is_new(&self) -> bool {
-        self.failures == 0
-    }
-
     /// How long to wait after one more failure.
     pub(crate) fn next(&mut self) -> Duration {
         let base = 0.2 * f64::from(1_u32 << self.failures.min(7));
@@ -214,6 +219,24 @@ pub(crate) fn short(text: &str) -> ShortString {
         let end = (0..=255).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0);
         ShortString::try_new(&text[..end]).unwrap_or_default()
     })
+}
+
+/// The name that a client consumes from to get replies without a queue of its own. The broker gives
+/// each client's `reply_to` this name, a dot and a token.
+pub(crate) const DIRECT_REPLY: &str = "amq.rabbitmq.reply-to";
+
+/// Returns whether a `reply_to` leads to a waiting client itself and not to a queue (direct reply-to).
+pub(crate) fn is_direct_reply(queue: &str) -> bool {
+    queue.strip_prefix(DIRECT_REPLY).is_some_and(|token| token.starts_with('.'))
+}
+
+/// Returns whether a header stays behind when a message is published again: the broker's own records,
+/// and `CC` and `BCC`, which would send the copy to other queues as well. RabbitMQ before 4.0 reads
+/// `x-death` and drops the copy as a cycle.
+pub(crate) fn stays_behind(key: &str) -> bool {
+    matches!(key, "CC" | "BCC" | "x-death" | DELIVERY_COUNT | ACQUIRED_COUNT)
+        || key.starts_with("x-first-death-")
+        || key.starts_with("x-last-death-")
 }
 
 /// Where a quorum queue tells how many deliveries of a message have failed. Before 4.0 each that came
@@ -300,6 +323,14 @@ mod tests {
         assert!(pauses[30..].iter().all(|p| *p > 5.0), "{pauses:?}");
         backoff.reset();
         assert!(backoff.next().as_secs_f64() <= 0.3);
+    }
+
+    #[test]
+    fn a_direct_reply_has_a_token() {
+        assert!(is_direct_reply("amq.rabbitmq.reply-to.g1h2AA5yZXBseUA"));
+        for queue in ["amq.rabbitmq.reply-to", "amq.rabbitmq.reply-token.a", "replies", ""] {
+            assert!(!is_direct_reply(queue), "{queue}");
+        }
     }
 
     #[test]

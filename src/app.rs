@@ -303,12 +303,8 @@ impl App {
             Arc::clone(&catalog),
             shadow.clone(),
         ));
-        let (told, mut blocked) = (Arc::clone(&readiness), publisher.blocked());
-        let blocks = async move {
-            while blocked.changed().await.is_ok() {
-                told.set_blocked(blocked.borrow_and_update().clone());
-            }
-        };
+        let (told, publishes) = (Arc::clone(&readiness), Arc::clone(&publisher));
+        let blocks = async move { publishes.follow(|reason| told.set_blocked(reason)).await };
         let (watched, watching) = (Arc::clone(&catalog), Arc::clone(&pipeline));
         let stall = Duration::from_secs_f64(s.limits.stall_seconds);
         let stalls = watchdog::watch(pipeline.steps(), stall, move |s| readiness.set_stalled(s));

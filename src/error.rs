@@ -123,11 +123,13 @@ pub enum FailureCode {
     RetriesExhausted,
     /// The bulk run that it belongs to was cancelled.
     Cancelled,
+    /// The broker accepts no message as large as its result.
+    ResultTooLarge,
 }
 
 impl FailureCode {
     /// All of them, in the order of their declaration.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::MalformedJob,
         Self::UnknownClassSet,
         Self::UnknownVersion,
@@ -135,6 +137,7 @@ impl FailureCode {
         Self::TooManyImages,
         Self::RetriesExhausted,
         Self::Cancelled,
+        Self::ResultTooLarge,
     ];
 
     /// The code as it stands in results and in the header `angler-reason`.
@@ -147,6 +150,7 @@ impl FailureCode {
             Self::TooManyImages => "too_many_images",
             Self::RetriesExhausted => "retries_exhausted",
             Self::Cancelled => "cancelled",
+            Self::ResultTooLarge => "result_too_large",
         }
     }
 }

@@ -76,7 +76,7 @@ pub struct Readiness {
     queues: Mutex<BTreeMap<String, Consuming>>,
     /// Where work is stuck.
     stalled: Mutex<Option<String>>,
-    /// Why the broker takes no results for now.
+    /// Why the broker does not accept results for now, a sentence.
     blocked: Mutex<Option<String>>,
     catalog: OnceLock<Arc<Catalog>>,
     pipeline: OnceLock<Arc<Pipeline>>,
@@ -140,14 +140,14 @@ impl Readiness {
         *locked(&self.stalled) = stalled;
     }
 
-    /// The broker takes no results, and why; none once it does.
+    /// Notes why the broker does not accept results, a sentence; `None` once it does.
     pub fn set_blocked(&self, blocked: Option<String>) {
         *locked(&self.blocked) = blocked;
     }
 
-    /// Whether the broker takes no results.
+    /// Returns whether the broker is there and does not accept results.
     fn is_blocked(&self) -> bool {
-        locked(&self.blocked).is_some()
+        locked(&self.blocked).is_some() && self.connected() != Some(false)
     }
 
     /// Whether the store is away.
@@ -168,9 +168,6 @@ impl Readiness {
         if let Some(stalled) = self.stalled() {
             return Some(format!("no progress: {stalled}"));
         }
-        if let Some(blocked) = locked(&self.blocked).as_ref() {
-            return Some(format!("the broker blocks publishers: {blocked}"));
-        }
         let queues = locked(&self.queues);
         let paused = queues.values().find_map(|consuming| match consuming {
             Consuming::Paused(reason) => Some((*reason).to_owned()),
@@ -184,6 +181,9 @@ impl Readiness {
             })
             .collect();
         if lost.is_empty() {
+            if let Some(blocked) = locked(&self.blocked).as_ref() {
+                return Some(blocked.clone());
+            }
             let nothing = || "no jobs are being consumed".to_owned();
             return paused.or_else(|| queues.is_empty().then(nothing));
         }
@@ -374,7 +374,7 @@ mod tests {
         assert_eq!(ready, (503, "not ready: no progress: 1 image(s) being decoded\n".into()));
         readiness.set_stalled(None);
 
-        readiness.set_blocked(Some("low on memory".into()));
+        readiness.set_blocked(Some("the broker blocks publishers: low on memory".into()));
         let (live, ready) = both().await;
         assert_eq!((live.0, ready.0), (200, 503));
         assert!(ready.1.contains("blocks publishers: low on memory"), "{}", ready.1);

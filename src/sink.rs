@@ -9,12 +9,28 @@ use crate::error::FatalError;
 use crate::job::JobResult;
 use crate::source::Reply;
 
+/// Why a result was not published.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum SinkError {
+    /// No result can be written any more.
+    #[error(transparent)]
+    Fatal(#[from] FatalError),
+    /// This result can never be published, because it is too large; a smaller one can.
+    #[error("a result of {bytes} bytes is too large: {reason}")]
+    TooLarge {
+        /// Bytes of the result.
+        bytes: usize,
+        /// What the broker said.
+        reason: String,
+    },
+}
+
 /// Publishes results.
 #[async_trait]
 pub trait ResultSink: Send + Sync {
     /// Returns once the result is safe: confirmed by the broker, or written.
     ///
     /// # Errors
-    /// Only when no result can be written any more; what can come back is waited for inside.
-    async fn publish(&self, result: &JobResult, reply: &Reply) -> Result<(), FatalError>;
+    /// [`SinkError`]; what can come back is waited for inside.
+    async fn publish(&self, result: &JobResult, reply: &Reply) -> Result<(), SinkError>;
 }

@@ -136,7 +136,17 @@ pub enum Settlement {
 /// Settles one delivery.
 #[async_trait]
 pub trait Settle: Send + Sync {
-    /// Settles it. A delivery whose connection is gone cannot be settled and comes back: that is
-    /// not an error here, since the worker can do nothing about it.
-    async fn settle(self: Box<Self>, settlement: Settlement);
+    /// Settles it; returns `None` once that is done. A delivery whose connection is gone cannot be
+    /// settled and comes back: that is not an error here, since the worker can do nothing about it.
+    ///
+    /// Only a [`Settlement::Retry`] may be impossible. Then the delivery has to be settled otherwise.
+    async fn settle(self: Box<Self>, settlement: Settlement) -> Option<Unsettled>;
+}
+
+/// A delivery that cannot be tried again.
+pub struct Unsettled {
+    /// Settles it otherwise.
+    pub settle: Box<dyn Settle>,
+    /// Why it cannot be tried again.
+    pub reason: String,
 }

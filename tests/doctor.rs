@@ -278,9 +278,10 @@ async fn a_user_who_may_not_declare_is_found() {
     drop(setup);
     let none = r#"{"configure":"^$","write":".*","read":".*"}"#;
     world.broker.manage("PUT", &format!("permissions/{}/guest", world.broker.vhost), Some(none));
-    let report = world.broken();
     let jobs = ("broker", "angler.jobs");
-    told(&report, jobs, "problem", "may not declare it", "rabbitmqctl set_permissions -p");
+    let (code, report) = world.doctor();
+    told(&report, jobs, "warning", "may not declare it", "rabbitmqctl set_permissions -p");
+    assert_eq!(code, 0, "{report}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -111,7 +111,8 @@ impl Echo {
                 let results = results.clone();
                 answering.spawn(async move {
                     let properties = BasicProperties::default().with_delivery_mode(2);
-                    publisher.publish_to_own(&results, &properties, &answer).await;
+                    let sent = publisher.publish_to_own(&results, &properties, &answer).await;
+                    assert!(sent.is_ok(), "the broker refuses an answer: {sent:?}");
                     // A job that is not acked would be missed as a result.
                     let _ = job.acker.ack(BasicAckOptions::default()).await;
                 });

@@ -128,7 +128,8 @@ impl<'w> Load<'w> {
                     }
                     let n = count.fetch_add(1, Ordering::Relaxed);
                     let body = &bodies[n % bodies.len()];
-                    publisher.publish_to_own(&queue, &properties(), body).await;
+                    let sent = publisher.publish_to_own(&queue, &properties(), body).await;
+                    assert!(sent.is_ok(), "the broker refuses a job: {sent:?}");
                 }
             });
         }
@@ -182,7 +183,8 @@ impl<'w> Load<'w> {
                 sleep_until(due).await;
                 let (publisher, queue) = (Arc::clone(&publisher), queue.clone());
                 publishing.spawn(async move {
-                    publisher.publish_to_own(&queue, &properties(), &body).await;
+                    let sent = publisher.publish_to_own(&queue, &properties(), &body).await;
+                    assert!(sent.is_ok(), "the broker refuses a job: {sent:?}");
                 });
             }
             publishing.join_all().await;
@@ -208,7 +210,7 @@ impl<'w> Load<'w> {
             // Of no fixed length: jobs must not fall in step with anything.
             sleep(Duration::from_micros(random.u64(5_000..15_000))).await;
             let began = Instant::now();
-            self.send(&body).await;
+            self.send(&body).await?;
             self.result().await?;
             latencies.push(milliseconds(began.elapsed()));
         }
@@ -216,8 +218,8 @@ impl<'w> Load<'w> {
     }
 
     /// Publishes a job's message; returns once it is confirmed.
-    async fn send(&self, body: &[u8]) {
-        self.publisher.publish_to_own(&self.jobs, &properties(), body).await;
+    async fn send(&self, body: &[u8]) -> Result<()> {
+        Ok(self.publisher.publish_to_own(&self.jobs, &properties(), body).await?)
     }
 
     /// Milliseconds that a message takes through the broker: published and confirmed, and at the
@@ -226,8 +228,9 @@ impl<'w> Load<'w> {
         let (publisher, queue) = (Arc::clone(&self.publisher), self.world.topology()?.results);
         let properties = properties();
         let began = Instant::now();
-        let (_, arrived) =
+        let (sent, arrived) =
             tokio::join!(publisher.publish_to_own(&queue, &properties, body), self.arrival());
+        sent?;
         arrived?;
         Ok(milliseconds(began.elapsed()))
     }

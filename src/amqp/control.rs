@@ -57,8 +57,7 @@ impl ControlListener {
         loop {
             let reason = match open(&self.options, &self.topology, "control").await {
                 Ok(open) => {
-                    backoff.reset();
-                    let reason = self.listen(&open).await;
+                    let reason = self.listen(&open, &mut backoff).await;
                     close(&open.connection).await;
                     reason
                 }
@@ -75,11 +74,12 @@ impl ControlListener {
     }
 
     /// Answers until the consumer ends; yields why it did.
-    async fn listen(self: &Arc<Self>, open: &Open) -> String {
+    async fn listen(self: &Arc<Self>, open: &Open, backoff: &mut Backoff) -> String {
         let mut requests = match open.consume(&self.topology.control_exchange).await {
             Ok((_, consumer)) => consumer,
             Err(error) => return error.to_string(),
         };
+        backoff.reset();
         // What was announced while nobody listened.
         self.catalog.refresh_all().await;
         let mut answers = JoinSet::new();
@@ -157,7 +157,7 @@ struct Open {
 
 async fn open(options: &AmqpOptions, topology: &Topology, role: &str) -> Result<Open, AmqpError> {
     let connection = connect(options, role).await?;
-    topology.declare_control(&connection.create_channel().await?).await?;
+    topology.ensure_control(&connection).await?;
     let channel = connection.create_channel().await?;
     Ok(Open { connection, channel })
 }

@@ -128,6 +128,7 @@ impl DeadLetters {
         let failed = match timeout(PUBLISH, publishing).await {
             Ok(Published::Confirmed) => return self.remove(letter).await,
             Ok(Published::Unroutable) => format!("the queue {jobs} does not exist"),
+            Ok(Published::TooLarge(error)) => error.to_string(),
             Err(_) => format!("{jobs} did not confirm it within {} s", PUBLISH.as_secs()),
         };
         Err(DeadError::NotPublished { job: letter.job, reason: failed })

@@ -1,51 +1,94 @@
 //! Publishing with confirms, over one connection that is replaced when it is lost.
 //!
-//! A broker that runs out of memory or disk blocks publishers: that is waited for, however long it
-//! takes, on the same connection.
+//! A broker that runs out of memory or disk blocks publishers. The publisher waits for that to end,
+//! however long it takes, on the same connection.
 //!
-//! Every message is mandatory: without that flag RabbitMQ acks and drops what no queue takes.
+//! Every message is mandatory: without that flag RabbitMQ acks and drops what no queue takes. Only a
+//! direct reply is not, because RabbitMQ returns it even when it delivers it.
 //!
 //! Confirms are pipelined: each caller waits for its own, all at once. Each message in flight has a
 //! channel to itself, though. A message that comes back unroutable bears no delivery tag, and lapin
 //! hands it to whichever confirm arrives next, so that on a shared channel a message that nobody has
 //! counts as confirmed. Also lapin counts tags and sends frames in two steps, which two publishers
 //! may take in different orders. A channel with one message has neither problem.
+//!
+//! What befalls the connection is waited for; what the broker says of one message is an answer. A
+//! message for a queue of the worker's own is then sent again until it is confirmed, since nothing
+//! may be lost. A message for another's queue is the caller's to give up ([`Publisher::offer`]).
 
-use std::sync::{Arc, MutexGuard, PoisonError};
+mod channels;
+mod waiting;
+
+use std::sync::{Mutex as StdMutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::options::BasicPublishOptions;
+use lapin::protocol::AMQPSoftError;
 use lapin::{BasicProperties, Channel, Confirmation, Connection, Event};
 use tokio::sync::{Mutex, Semaphore, watch};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
+use self::channels::{Lease, Origin, State};
+use self::waiting::Waiting;
 use super::ask::question;
 use super::topology::Topology;
-use super::{AmqpError, AmqpOptions, Backoff, close, connect, short};
+use super::{AmqpError, AmqpOptions, Backoff, connect, is_direct_reply, refused, short};
 
-/// How long a confirm may take before the channel is given up and the message sent again.
+/// How long a confirm may take before the message is sent again on another channel.
 const CONFIRM: Duration = Duration::from_secs(30);
 
-/// For so long after a connection was opened, a queue that is missing is only missing yet: a broker
-/// that comes back takes publishers before it has found all its queues.
+/// For this long after a connection was opened, a queue that is missing may only be missing yet: a
+/// broker that comes back accepts publishers before it has found all its queues.
 const SETTLING: Duration = Duration::from_secs(5);
 
-/// What a question may take.
+/// How long a question may take.
 const ASK: Duration = Duration::from_secs(2);
 
-/// Messages in flight, and so channels, at most. Brokers allow 2,047 channels a connection unless
+/// How often missing queues are declared again, at most.
+const REDECLARE: Duration = Duration::from_secs(2);
+
+/// How long declaring all queues again may take.
+const DECLARE: Duration = Duration::from_secs(15);
+
+/// How often [`Publisher::follow`] looks.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Messages in flight, and so channels, at most. Brokers allow 2,047 channels per connection unless
 /// they are told otherwise, and a confirm takes milliseconds: more would gain nothing.
 const IN_FLIGHT: usize = 64;
 
 /// What became of a message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Published {
     /// A queue has it.
     Confirmed,
-    /// No queue takes it; nobody has it.
+    /// There is no such queue; nobody has it.
     Unroutable,
+    /// No queue of this broker accepts it; nobody has it.
+    TooLarge(TooLarge),
+}
+
+/// A message is above the broker's `max_message_size`. No further attempt can succeed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct TooLarge(pub String);
+
+/// Why a queue did not accept a message this time.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Refusal(String);
+
+/// Why a message for a queue of the worker's own was given up.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unpublished {
+    /// No further attempt can succeed.
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
+    /// The queue refused it for as long as the caller was willing to wait, or is missing.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
 }
 
 /// Publishes until the broker confirms. Clones of its `Arc` share one connection.
@@ -57,57 +100,41 @@ pub struct Publisher {
     in_flight: Semaphore,
     /// Why the broker takes nothing for now.
     blocked: watch::Sender<Option<String>>,
+    /// Why there is no connection.
+    unreachable: StdMutex<Option<String>>,
+    waiting: Waiting,
 }
 
-#[derive(Default)]
-struct State {
-    live: Option<Live>,
-    /// Connections so far, so that of many callers who see one fail only the first replaces it.
-    opened: u64,
-}
-
-type Idle = Arc<std::sync::Mutex<Vec<Channel>>>;
-
-struct Live {
-    connection: Connection,
-    /// Channels in confirm mode on which nothing is in flight. The last one used is used next, so
-    /// that there are as many as messages were ever in flight at once.
-    idle: Idle,
-    since: Instant,
-    _watch: AbortOnDropHandle<()>,
-}
-
-/// A channel for one message. One that is not given back, whatever the reason, is closed: what is
-/// still in flight on it must not be taken for the next message's confirm.
-struct Lease {
-    channel: Channel,
-    /// Where it goes back to.
-    idle: Idle,
-    origin: Origin,
-}
-
-/// Which connection, and since when there is one.
+/// A message and where it goes.
 #[derive(Clone, Copy)]
-struct Origin {
-    number: u64,
-    since: Instant,
+struct Outgoing<'a> {
+    queue: &'a str,
+    properties: &'a BasicProperties,
+    body: &'a [u8],
 }
 
 /// Why a message was not confirmed.
-enum Refused {
-    /// This channel is of no more use.
+enum Failed {
+    /// The broker's answer to this message.
+    Queue(Refusal),
+    /// The channel or the connection failed, which says nothing of the message.
     Channel(String),
-    /// Nor is the connection.
-    Connection(String),
+    /// No answer.
+    Silent(Duration),
 }
 
 impl Publisher {
-    /// A publisher that connects when it is first needed, and declares what it publishes to.
+    /// Creates a publisher that connects when it is first needed, and declares what it publishes to.
     pub fn new(options: AmqpOptions, topology: Topology) -> Self {
-        let blocked = watch::Sender::new(None);
-        let in_flight = Semaphore::new(IN_FLIGHT);
-        let topologies = vec![topology];
-        Self { options, topologies, state: Mutex::default(), in_flight, blocked }
+        Self {
+            options,
+            topologies: vec![topology],
+            state: Mutex::default(),
+            in_flight: Semaphore::new(IN_FLIGHT),
+            blocked: watch::Sender::new(None),
+            unreachable: StdMutex::default(),
+            waiting: Waiting::default(),
+        }
     }
 
     /// Declares the queues around another queue of jobs as well.
@@ -116,101 +143,199 @@ impl Publisher {
         self
     }
 
-    /// Why the broker takes nothing for now, as it changes.
-    pub fn blocked(&self) -> watch::Receiver<Option<String>> {
-        self.blocked.subscribe()
+    /// Tells what keeps the worker from publishing, each time that it may have changed, and logs when
+    /// it begins and ends. Never returns.
+    pub async fn follow(&self, tell: impl Fn(Option<String>)) {
+        let mut blocked = self.blocked.subscribe();
+        let mut was_waiting = false;
+        loop {
+            // The sender is this publisher's own and cannot be gone.
+            let _ = timeout(LOOK, blocked.changed()).await;
+            let blocked = blocked.borrow_and_update().clone();
+            if let Some(reason) = blocked {
+                tell(Some(format!("the broker blocks publishers: {reason}")));
+                continue;
+            }
+            let unreachable = self.unreachable();
+            let waits = self.waiting.longest(unreachable.as_deref());
+            match &waits {
+                Some(waits) if !was_waiting => tracing::warn!("waiting for a confirm: {waits}"),
+                None if was_waiting => tracing::info!("the broker confirms messages again"),
+                _ => {}
+            }
+            was_waiting = waits.is_some();
+            tell(waits);
+        }
     }
 
-    /// Publishes to a queue and returns once the broker has confirmed or returned the message.
-    /// What can pass (a lost connection, a nack, a broker that is down) is waited for; the caller
-    /// bounds that by dropping the call.
+    /// Publishes to a queue and returns once the broker has confirmed or returned the message, or has
+    /// refused it for good. What can pass (a lost connection, a nack, a broker that is down) is waited
+    /// for; the caller bounds that by dropping the call.
     pub async fn publish(
         &self,
         queue: &str,
         properties: &BasicProperties,
         body: &[u8],
     ) -> Published {
-        self.publish_until(queue, properties, body, false).await
+        let mut backoff = Backoff::default();
+        loop {
+            match self.offer(queue, properties, body, CONFIRM).await {
+                Ok(published) => return published,
+                Err(refusal) => {
+                    tracing::debug!(queue, "refused, and sent again: {refusal}");
+                    sleep(backoff.next()).await;
+                }
+            }
+        }
     }
 
-    /// Publishes to a queue of the topology, and returns once it has the message: one that was
-    /// deleted is declared anew.
-    pub async fn publish_to_own(&self, queue: &str, properties: &BasicProperties, body: &[u8]) {
-        self.publish_until(queue, properties, body, true).await;
+    /// Publishes to a queue of the topology, and returns once the queue has the message. A queue that
+    /// was deleted is declared again. Meanwhile [`Self::follow`] says what the message waits for.
+    ///
+    /// # Errors
+    /// [`TooLarge`] if the queue can never have it.
+    pub async fn publish_to_own(
+        &self,
+        queue: &str,
+        properties: &BasicProperties,
+        body: &[u8],
+    ) -> Result<(), TooLarge> {
+        match self.insist(Outgoing { queue, properties, body }, None).await {
+            Ok(()) => Ok(()),
+            Err(Unpublished::TooLarge(error)) => Err(error),
+            Err(Unpublished::Refused(_)) => unreachable!("it is patient without a bound"),
+        }
     }
 
-    /// Whether there is a queue of this name; none if the broker does not say so soon.
+    /// Does the same, but gives up a message that the queue has refused for `patience`. Time without a
+    /// connection does not count.
+    ///
+    /// # Errors
+    /// [`Unpublished`].
+    pub async fn publish_to_own_within(
+        &self,
+        patience: Duration,
+        queue: &str,
+        properties: &BasicProperties,
+        body: &[u8],
+    ) -> Result<(), Unpublished> {
+        self.insist(Outgoing { queue, properties, body }, Some(patience)).await
+    }
+
+    async fn insist(
+        &self,
+        message: Outgoing<'_>,
+        patience: Option<Duration>,
+    ) -> Result<(), Unpublished> {
+        let wait = self.waiting.begin(message.queue);
+        let confirm = patience.unwrap_or(CONFIRM).min(CONFIRM);
+        let mut backoff = Backoff::default();
+        let mut first = None;
+        loop {
+            let Outgoing { queue, properties, body } = message;
+            let refusal = match self.offer(queue, properties, body, confirm).await {
+                Ok(Published::Confirmed) => return Ok(()),
+                Ok(Published::TooLarge(error)) => return Err(error.into()),
+                Ok(Published::Unroutable) => {
+                    self.redeclare().await;
+                    Refusal("there is no such queue".to_owned())
+                }
+                Err(refusal) => refusal,
+            };
+            let first = *first.get_or_insert_with(Instant::now);
+            if patience.is_some_and(|patience| first.elapsed() >= patience) {
+                return Err(refusal.into());
+            }
+            wait.because(&refusal.0);
+            let pause = backoff.next();
+            tracing::debug!(queue, ?pause, "not confirmed, and sent again: {refusal}");
+            sleep(pause).await;
+        }
+    }
+
+    /// Offers a message to a queue and returns what the broker answers. Waits for a connection, and
+    /// sends the message again if that is lost before the answer.
+    ///
+    /// * `confirm`: how long the answer may take; time in which the broker blocks does not count.
+    ///
+    /// # Errors
+    /// [`Refusal`] if the queue did not accept the message, but may the next time.
+    pub async fn offer(
+        &self,
+        queue: &str,
+        properties: &BasicProperties,
+        body: &[u8],
+        confirm: Duration,
+    ) -> Result<Published, Refusal> {
+        let message = Outgoing { queue, properties, body };
+        let mut backoff = Backoff::default();
+        loop {
+            let reason = match self.attempt(message, confirm).await {
+                Ok((Published::Unroutable, from)) if from.since.elapsed() < SETTLING => {
+                    "the queue is not there yet".to_owned()
+                }
+                Ok((published, _)) => return Ok(published),
+                Err(Failed::Queue(refusal)) => return Err(refusal),
+                Err(Failed::Channel(reason)) => reason,
+                Err(Failed::Silent(waited)) => format!("no answer within {} s", waited.as_secs()),
+            };
+            let pause = backoff.next();
+            tracing::debug!(queue, ?pause, "sent again: {reason}");
+            sleep(pause).await;
+        }
+    }
+
+    /// Returns whether there is a queue of this name, or `None` if the broker does not say so soon.
     pub async fn has_queue(&self, queue: &str) -> Option<bool> {
         let asking = async {
-            let _permit = self.in_flight.acquire().await.ok();
-            let lease = self.lease().await;
-            let sent = self.send(&lease.channel, queue, &question(), &[]).await.ok()?;
-            lock(&lease.idle).push(lease.channel);
-            Some(sent == Published::Confirmed)
+            let message = Outgoing { queue, properties: &question(), body: &[] };
+            let (published, _) = self.attempt(message, CONFIRM).await.ok()?;
+            Some(published == Published::Confirmed)
         };
         timeout(ASK, asking).await.ok()?
     }
 
-    async fn publish_until(
+    /// Makes one attempt; returns also which connection it was made on.
+    async fn attempt(
         &self,
-        queue: &str,
-        properties: &BasicProperties,
-        body: &[u8],
-        own: bool,
-    ) -> Published {
-        let mut backoff = Backoff::default();
-        loop {
-            let reason = match self.publish_once(queue, properties, body).await {
-                // Missing yet, perhaps.
-                Ok((Published::Unroutable, from)) if from.since.elapsed() < SETTLING => {
-                    tokio::time::sleep(backoff.next()).await;
-                    continue;
-                }
-                Ok((Published::Unroutable, from)) if own => {
-                    // The next connection declares it.
-                    self.give_up(from.number).await;
-                    "there is no such queue".to_owned()
-                }
-                Ok((published, _)) => return published,
-                Err(reason) => reason,
-            };
-            let first = backoff.is_new();
-            let pause = backoff.next();
-            // Once a message: it may be refused for hours.
-            if first {
-                tracing::warn!(queue, "not confirmed, sent until it is: {reason}");
-            } else {
-                tracing::debug!(queue, ?pause, "not confirmed again: {reason}");
-            }
-            tokio::time::sleep(pause).await;
-        }
-    }
-
-    /// One attempt; yields also which connection it was made on.
-    async fn publish_once(
-        &self,
-        queue: &str,
-        properties: &BasicProperties,
-        body: &[u8],
-    ) -> Result<(Published, Origin), String> {
-        // It is never closed; without a permit it would go on all the same.
+        message: Outgoing<'_>,
+        confirm: Duration,
+    ) -> Result<(Published, Origin), Failed> {
+        // The semaphore is never closed; without a permit the attempt would be made all the same.
         let _permit = self.in_flight.acquire().await.ok();
         let lease = self.lease().await;
-        match self.send(&lease.channel, queue, properties, body).await {
+        let origin = lease.origin;
+        match self.send(&lease.channel, message, confirm).await {
+            // The broker closed its channel.
+            Ok(Published::TooLarge(error)) => Ok((Published::TooLarge(error), origin)),
             Ok(published) => {
-                lock(&lease.idle).push(lease.channel);
-                Ok((published, lease.origin))
+                lease.reuse();
+                Ok((published, origin))
+            }
+            // A queue without a majority, or on a node that is down, while all others are fine.
+            Err(Failed::Silent(waited)) if self.answers(origin.number).await => {
+                let reason = format!("no confirm within {} s", waited.as_secs());
+                Err(Failed::Queue(Refusal(reason)))
+            }
+            Err(Failed::Silent(waited)) => {
+                self.give_up(origin.number).await;
+                Err(Failed::Silent(waited))
             }
             // A channel that nacked may do so for ever: after a change of leader on 3.10 it does.
-            Err(Refused::Channel(reason)) => Err(reason),
-            Err(Refused::Connection(reason)) => {
-                self.give_up(lease.origin.number).await;
-                Err(reason)
-            }
+            Err(failed) => Err(failed),
         }
     }
 
-    /// A channel, on a new connection if need be.
+    /// Returns whether the broker answers anything on the connection of this number.
+    async fn answers(&self, number: u64) -> bool {
+        let state = self.state.lock().await;
+        let Some(live) = state.live.as_ref().filter(|_| state.opened == number) else {
+            return false;
+        };
+        matches!(timeout(ASK, live.connection.create_channel()).await, Ok(Ok(_)))
+    }
+
+    /// Returns a channel, on a new connection if need be.
     async fn lease(&self) -> Lease {
         let mut state = self.state.lock().await;
         let mut backoff = Backoff::default();
@@ -224,18 +349,18 @@ impl Publisher {
             state.shut().await;
             match self.open().await {
                 Ok(connection) => {
+                    self.set_unreachable(None);
                     let watch = self.watch(&connection);
-                    let (idle, since) = (Idle::default(), Instant::now());
-                    state.live = Some(Live { connection, idle, since, _watch: watch });
-                    state.opened += 1;
+                    state.set_live(connection, watch);
                 }
                 Err(error) => {
+                    self.set_unreachable(Some(error.to_string()));
                     let pause = backoff.next();
                     tracing::warn!(
                         pause_seconds = pause.as_secs_f64(),
                         "results cannot be published, the broker is tried again: {error}"
                     );
-                    tokio::time::sleep(pause).await;
+                    sleep(pause).await;
                 }
             }
         }
@@ -243,10 +368,37 @@ impl Publisher {
 
     async fn open(&self) -> Result<Connection, AmqpError> {
         let connection = connect(&self.options, "publish").await?;
-        for topology in &self.topologies {
-            topology.declare(&connection).await?;
-        }
+        self.declare(&connection).await?;
         Ok(connection)
+    }
+
+    /// Declares all queues. One that cannot be declared keeps no message from the others.
+    async fn declare(&self, connection: &Connection) -> Result<(), AmqpError> {
+        for topology in &self.topologies {
+            match topology.declare(connection).await {
+                Ok(_) => {}
+                Err(error) if connection.status().connected() => {
+                    tracing::warn!("publishing without all queues: {error}");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Declares the queues again, one of which is missing, on the connection that is there.
+    async fn redeclare(&self) {
+        let mut state = self.state.lock().await;
+        let Some(live) = &mut state.live else { return };
+        // Of many who miss it the first has declared it.
+        if live.declared.elapsed() < REDECLARE {
+            return;
+        }
+        live.declared = Instant::now();
+        let declared = timeout(DECLARE, self.declare(&live.connection)).await;
+        if !matches!(declared, Ok(Ok(()))) {
+            state.shut().await;
+        }
     }
 
     /// Follows what the broker says of this connection.
@@ -265,7 +417,9 @@ impl Publisher {
                         tracing::info!("the broker takes messages again");
                         blocked.send_replace(None);
                     }
-                    Event::Error(_) => break, // Whoever publishes meets it.
+                    // Of a channel; the connection lives.
+                    Event::Error(error) if refused(&error).is_some() => {}
+                    Event::Error(_) => break, // Anyone who publishes meets it.
                     _ => {}
                 }
             }
@@ -273,7 +427,7 @@ impl Publisher {
         }))
     }
 
-    /// Ends the connection of this number, unless another has taken its place.
+    /// Ends the connection of this number, unless another has replaced it.
     async fn give_up(&self, number: u64) {
         let mut state = self.state.lock().await;
         if state.opened == number {
@@ -284,38 +438,51 @@ impl Publisher {
     async fn send(
         &self,
         channel: &Channel,
-        queue: &str,
-        properties: &BasicProperties,
-        body: &[u8],
-    ) -> Result<Published, Refused> {
-        let mandatory = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        message: Outgoing<'_>,
+        confirm: Duration,
+    ) -> Result<Published, Failed> {
+        let Outgoing { queue, properties, body } = message;
+        let options = BasicPublishOptions {
+            mandatory: !is_direct_reply(queue),
+            ..BasicPublishOptions::default()
+        };
         let confirmed = async {
             channel
-                .basic_publish("".into(), short(queue), mandatory, body, properties.clone())
+                .basic_publish("".into(), short(queue), options, body, properties.clone())
                 .await?
                 .await
         };
         tokio::pin!(confirmed);
+        let mut blocked = self.blocked.subscribe();
         let answer = loop {
-            match timeout(CONFIRM, &mut confirmed).await {
+            match timeout(confirm, &mut confirmed).await {
                 Ok(answer) => break answer,
-                Err(_) if self.blocked.borrow().is_some() => {}
                 Err(_) => {
-                    let reason = format!("no confirm within {} s", CONFIRM.as_secs());
-                    return Err(Refused::Connection(reason));
+                    let changed = blocked.has_changed().unwrap_or(false);
+                    if !changed && blocked.borrow_and_update().is_none() {
+                        return Err(Failed::Silent(confirm));
+                    }
+                    blocked.mark_unchanged();
                 }
             }
         };
+        let of_queue = |reason: &str| Err(Failed::Queue(Refusal(reason.to_owned())));
         match answer {
             Ok(Confirmation::Ack(None)) => Ok(Published::Confirmed),
             Ok(Confirmation::Ack(Some(_))) => Ok(Published::Unroutable),
             Ok(Confirmation::Nack(_)) => {
-                Err(Refused::Channel("the broker refused it (nack)".to_owned()))
+                of_queue("the broker refused it (nack); is the queue full?")
             }
             Ok(Confirmation::NotRequested) => {
-                Err(Refused::Channel("confirms are off on this channel".to_owned()))
+                Err(Failed::Channel("confirms are off on this channel".to_owned()))
             }
-            Err(error) => Err(Refused::Channel(error.to_string())),
+            Err(error) => match refused(&error) {
+                Some((AMQPSoftError::PRECONDITIONFAILED, words)) if is_of_size(words) => {
+                    Ok(Published::TooLarge(TooLarge(words.to_owned())))
+                }
+                Some((_, words)) => of_queue(words),
+                None => Err(Failed::Channel(error.to_string())),
+            },
         }
     }
 
@@ -323,37 +490,35 @@ impl Publisher {
     pub async fn close(&self) {
         self.state.lock().await.shut().await;
     }
-}
 
-impl State {
-    /// A channel of the connection; none without a connection that lives.
-    async fn lease(&mut self) -> Result<Option<Lease>, lapin::Error> {
-        let number = self.opened;
-        let Some(live) = self.live.as_mut().filter(|l| l.connection.status().connected()) else {
-            return Ok(None);
-        };
-        let origin = Origin { number, since: live.since };
-        let idle = Arc::clone(&live.idle);
-        loop {
-            // A statement of its own, so that the lock is free again.
-            let Some(channel) = lock(&idle).pop() else { break };
-            if channel.status().connected() {
-                return Ok(Some(Lease { channel, idle, origin }));
-            }
-        }
-        let channel = live.connection.create_channel().await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        Ok(Some(Lease { channel, idle, origin }))
+    fn unreachable(&self) -> Option<String> {
+        self.unreachable.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    async fn shut(&mut self) {
-        if let Some(live) = self.live.take() {
-            close(&live.connection).await;
-        }
+    fn set_unreachable(&self, reason: Option<String>) {
+        *self.unreachable.lock().unwrap_or_else(PoisonError::into_inner) = reason;
     }
 }
 
-/// Nothing panics while it holds the lock.
-fn lock(idle: &std::sync::Mutex<Vec<Channel>>) -> MutexGuard<'_, Vec<Channel>> {
-    idle.lock().unwrap_or_else(PoisonError::into_inner)
+/// Returns whether the broker complains of a message's size, as in `PRECONDITION_FAILED - message
+/// size 17000000 is larger than configured max size 16777216`.
+fn is_of_size(words: &str) -> bool {
+    words.contains("message size") && words.contains("larger than")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_of_size;
+
+    #[test]
+    fn a_size_is_told_from_other_preconditions() {
+        // With the default of 3.10, and with another.
+        assert!(is_of_size(
+            "PRECONDITION_FAILED - message size 134217729 is larger than max size 134217728"
+        ));
+        assert!(is_of_size(
+            "PRECONDITION_FAILED - message size 30001 is larger than configured max size 30000"
+        ));
+        assert!(!is_of_size("PRECONDITION_FAILED - invalid expiration 'x'"));
+    }
 }

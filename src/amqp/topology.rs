@@ -10,7 +10,8 @@ use lapin::protocol::AMQPSoftError;
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ExchangeKind};
 
-use super::{put, refused, short};
+use super::ask::{answer, is_missing, look_at};
+use super::{AmqpError, put, refused, short};
 
 /// How often the broker hands out a job whose worker dies before it dead-letters it.
 ///
@@ -95,28 +96,74 @@ impl Topology {
         self.queues().into_iter().map(|(name, _)| name).collect()
     }
 
-    /// Declares everything. Yields a sentence for each queue that exists with other arguments; such
-    /// a queue is used as it is.
+    /// Declares everything. Returns a sentence for each queue that exists and was not declared as
+    /// wanted: with other arguments, or because the user may not declare it. Such a queue is used
+    /// unchanged.
     ///
     /// # Errors
-    /// What the broker said, if it was anything else.
-    pub async fn declare(&self, connection: &Connection) -> Result<Vec<String>, lapin::Error> {
-        let mut mismatches = Vec::new();
+    /// [`AmqpError::Undeclared`] if something is missing and the user may not declare it; everything
+    /// else is declared then. Any other error of the broker's.
+    pub async fn declare(&self, connection: &Connection) -> Result<Vec<String>, AmqpError> {
+        let mut notes = Vec::new();
+        let mut missing: Vec<String> = Vec::new();
+        let mut refusal = String::new();
         for (name, arguments) in self.queues() {
             // A refusal closes the channel, so each declaration has its own.
-            let channel = connection.create_channel().await?;
-            let declared = channel
-                .queue_declare(short(&name), QueueDeclareOptions::durable(), arguments)
-                .await;
-            if let Err(error) = declared {
-                mismatches.push(mismatch(&name, error)?);
+            let channel = answer(connection.create_channel()).await?;
+            let durable = QueueDeclareOptions::durable();
+            let declaring = channel.queue_declare(short(&name), durable, arguments);
+            let Err(error) = answer(declaring).await else { continue };
+            match unwanted(&name, error)? {
+                Unwanted::Different(note) => notes.push(note),
+                Unwanted::Forbidden(words) => match look_at(connection, &name).await? {
+                    Some(_) => notes.push(unchanged(&name, &words)),
+                    None => {
+                        missing.push(name);
+                        refusal = words;
+                    }
+                },
             }
         }
-        let channel = connection.create_channel().await?;
-        if let Err(error) = self.declare_control(&channel).await {
-            mismatches.push(mismatch(&self.control_exchange, error)?);
+        match self.ensure_control(connection).await {
+            Ok(note) => notes.extend(note),
+            Err(AmqpError::Undeclared { names, refusal: words }) => {
+                missing.push(names);
+                refusal = words;
+            }
+            Err(error) => return Err(error),
         }
-        Ok(mismatches)
+        match missing.is_empty() {
+            true => Ok(notes),
+            false => Err(AmqpError::Undeclared { names: missing.join(", "), refusal }),
+        }
+    }
+
+    /// Declares the control exchange. Returns a sentence if it exists and is another, or if the user
+    /// may not declare it; it is used unchanged.
+    ///
+    /// # Errors
+    /// As [`Self::declare`].
+    pub async fn ensure_control(
+        &self,
+        connection: &Connection,
+    ) -> Result<Option<String>, AmqpError> {
+        let channel = answer(connection.create_channel()).await?;
+        let Err(error) = answer(self.declare_control(&channel)).await else { return Ok(None) };
+        let name = &self.control_exchange;
+        let words = match unwanted(name, error)? {
+            Unwanted::Different(note) => return Ok(Some(note)),
+            Unwanted::Forbidden(words) => words,
+        };
+        let channel = answer(connection.create_channel()).await?;
+        let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
+        let (kind, none) = (ExchangeKind::Fanout, FieldTable::default());
+        match answer(channel.exchange_declare(short(name), kind, passive, none)).await {
+            Ok(()) => Ok(Some(unchanged(name, &words))),
+            Err(error) if is_missing(&error) => {
+                Err(AmqpError::Undeclared { names: name.clone(), refusal: words })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Declares the control exchange.
@@ -145,14 +192,28 @@ fn quorum() -> FieldTable {
     arguments
 }
 
-/// The sentence for an object that exists with other arguments; any other error is passed on.
-fn mismatch(name: &str, error: lapin::Error) -> Result<String, lapin::Error> {
-    match refused(&error) {
-        Some((AMQPSoftError::PRECONDITIONFAILED, message)) => {
-            Ok(format!("{name} exists with other arguments and is used as it is: {message}"))
-        }
+/// Why a queue or an exchange could not be declared, while the connection lives.
+enum Unwanted {
+    /// It exists with other arguments, as this sentence says.
+    Different(String),
+    /// The user may not declare it, in the broker's words. Whether it exists is not known.
+    Forbidden(String),
+}
+
+/// Reads why a declaration was refused. Any other error is passed on.
+fn unwanted(name: &str, error: AmqpError) -> Result<Unwanted, AmqpError> {
+    let AmqpError::Broker(broker) = &error else { return Err(error) };
+    match refused(broker) {
+        Some((AMQPSoftError::PRECONDITIONFAILED, words)) => Ok(Unwanted::Different(format!(
+            "{name} exists with other arguments and is used unchanged: {words}"
+        ))),
+        Some((AMQPSoftError::ACCESSREFUSED, words)) => Ok(Unwanted::Forbidden(words.to_owned())),
         _ => Err(error),
     }
+}
+
+fn unchanged(name: &str, words: &str) -> String {
+    format!("{name} exists and is used unchanged; this user may not declare it: {words}")
 }
 
 #[cfg(test)]

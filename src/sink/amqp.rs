@@ -1,13 +1,21 @@
 //! Results to RabbitMQ: to the job's `reply_to`, else to the results queue, with confirms.
+//!
+//! The results queue is the worker's own, so a result waits for it as long as it takes. A `reply_to`
+//! is somebody else's: if it does not exist or refuses for too long, the result goes to the results
+//! queue with a header that says so. A direct reply goes to a client that waits for it; if that client
+//! is gone, nobody else wants the result.
+
+mod refusing;
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use lapin::BasicProperties;
 
-use super::ResultSink;
-use crate::amqp::publisher::{Published, Publisher};
-use crate::amqp::short;
+use self::refusing::Refusing;
+use super::{ResultSink, SinkError};
+use crate::amqp::publisher::{Published, Publisher, Refusal, TooLarge};
+use crate::amqp::{Backoff, DIRECT_REPLY, is_direct_reply, short};
 use crate::error::FatalError;
 use crate::job::{JobResult, RESULT_TYPE, Run};
 use crate::metrics::Metrics;
@@ -20,13 +28,26 @@ pub struct AmqpSink {
     results: String,
     /// Patterns with `*` that a `reply_to` must match; empty: any queue.
     reply_to_allow: Vec<String>,
+    refusing: Refusing,
     metrics: Arc<Metrics>,
 }
+
+/// Where a result ended up that a `reply_to` was to get.
+enum Replied {
+    /// Nothing is left to do.
+    Done,
+    /// It has to go to the results queue, with this header that names the `reply_to`.
+    Diverted(&'static str),
+}
+
+const REFUSED: &str = "angler-reply-to-refused";
+const UNROUTABLE: &str = "angler-reply-to-unroutable";
 
 impl AmqpSink {
     /// Results through `publisher` to the queue `results` unless their job names another.
     pub fn new(publisher: Arc<Publisher>, results: String, reply_to_allow: Vec<String>) -> Self {
-        Self { publisher, results, reply_to_allow, metrics: Arc::default() }
+        let (refusing, metrics) = (Refusing::default(), Arc::default());
+        Self { publisher, results, reply_to_allow, refusing, metrics }
     }
 
     /// Records what is published.
@@ -36,19 +57,70 @@ impl AmqpSink {
         self
     }
 
-    fn allowed(&self, queue: &str) -> bool {
-        self.reply_to_allow.is_empty() || self.reply_to_allow.iter().any(|p| matches(p, queue))
+    /// Publishes a result to the `reply_to` of its job.
+    async fn reply(
+        &self,
+        queue: &str,
+        result: &JobResult,
+        properties: &BasicProperties,
+        body: &[u8],
+    ) -> Result<Replied, TooLarge> {
+        let (job, run) = (&result.id, result.run.as_ref().map(Run::shown));
+        if !is_allowed(&self.reply_to_allow, queue) {
+            tracing::warn!(job, run, queue, "reply_to is not allowed (amqp.reply_to_allow)");
+            return Ok(Replied::Diverted(REFUSED));
+        }
+        match self.offer(queue, properties, body).await {
+            Ok(Published::Confirmed) => Ok(Replied::Done),
+            Ok(Published::TooLarge(error)) => Err(error),
+            Ok(Published::Unroutable) => {
+                tracing::warn!(job, run, queue, "reply_to names no queue");
+                Ok(Replied::Diverted(UNROUTABLE))
+            }
+            Err(refusal) if is_direct_reply(queue) => {
+                tracing::warn!(job, run, queue, "a direct reply was not delivered: {refusal}");
+                Ok(Replied::Done)
+            }
+            Err(refusal) => {
+                let to = &self.results;
+                tracing::warn!(job, run, queue, to, "reply_to refuses its result: {refusal}");
+                Ok(Replied::Diverted(REFUSED))
+            }
+        }
+    }
+
+    /// Offers a result to a queue for as long as there is patience with it.
+    async fn offer(
+        &self,
+        queue: &str,
+        properties: &BasicProperties,
+        body: &[u8],
+    ) -> Result<Published, Refusal> {
+        let mut backoff = Backoff::default();
+        loop {
+            let confirm = self.refusing.confirm(queue);
+            let refusal = match self.publisher.offer(queue, properties, body, confirm).await {
+                Ok(published) => {
+                    self.refusing.accepted(queue);
+                    return Ok(published);
+                }
+                Err(refusal) => refusal,
+            };
+            let left = self.refusing.refused(queue);
+            if left.is_zero() {
+                return Err(refusal);
+            }
+            tokio::time::sleep(backoff.next().min(left)).await;
+        }
     }
 }
 
 #[async_trait]
 impl ResultSink for AmqpSink {
-    async fn publish(&self, result: &JobResult, reply: &Reply) -> Result<(), FatalError> {
+    async fn publish(&self, result: &JobResult, reply: &Reply) -> Result<(), SinkError> {
         let body = result
             .to_json()
             .map_err(|e| FatalError::Sink(format!("a result cannot be written as JSON: {e}")))?;
-        // Only for a warning, which is rare.
-        let run = || result.run.as_ref().map(Run::shown);
         let correlation = reply.correlation_id.as_deref().unwrap_or(&result.id);
         let mut notes: Vec<(&str, &str)> = Vec::new();
         if let Some(traceparent) = &reply.traceparent {
@@ -63,32 +135,30 @@ impl ResultSink for AmqpSink {
                 .with_correlation_id(short(correlation))
                 .with_headers(headers(notes.iter().copied()))
         };
-        match &reply.to {
-            Some(queue) if !self.allowed(queue) => {
-                tracing::warn!(
-                    job = result.id,
-                    run = run(),
-                    queue,
-                    "reply_to is not allowed (amqp.reply_to_allow)"
-                );
-                notes.push(("angler-reply-to-refused", queue));
+        let too_large =
+            |error: TooLarge| SinkError::TooLarge { bytes: body.len(), reason: error.to_string() };
+        let mut is_done = false;
+        if let Some(queue) = &reply.to {
+            match self.reply(queue, result, &properties(&notes), &body).await.map_err(too_large)? {
+                Replied::Done => is_done = true,
+                Replied::Diverted(header) => notes.push((header, queue)),
             }
-            Some(queue) => {
-                if self.publisher.publish(queue, &properties(&notes), &body).await
-                    == Published::Confirmed
-                {
-                    self.metrics.result(body.len());
-                    return Ok(());
-                }
-                tracing::warn!(job = result.id, run = run(), queue, "reply_to names no queue");
-                notes.push(("angler-reply-to-unroutable", queue));
-            }
-            None => {}
         }
-        self.publisher.publish_to_own(&self.results, &properties(&notes), &body).await;
+        if !is_done {
+            let properties = properties(&notes);
+            let published = self.publisher.publish_to_own(&self.results, &properties, &body).await;
+            published.map_err(too_large)?;
+        }
         self.metrics.result(body.len());
         Ok(())
     }
+}
+
+/// Returns whether results may go to `queue`. All direct replies go by one name: the tokens of
+/// clients cannot be known before.
+fn is_allowed(patterns: &[String], queue: &str) -> bool {
+    let name = if is_direct_reply(queue) { DIRECT_REPLY } else { queue };
+    patterns.is_empty() || patterns.iter().any(|p| matches(p, queue) || matches(p, name))
 }
 
 /// Whether `text` is `pattern`, whose `*` stand for any characters.
@@ -108,7 +178,7 @@ fn matches(pattern: &str, text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::matches;
+    use super::{is_allowed, matches};
 
     #[test]
     fn stars_stand_for_anything() {
@@ -125,5 +195,20 @@ mod tests {
         ] {
             assert_eq!(matches(pattern, text), expected, "{pattern} {text}");
         }
+    }
+
+    #[test]
+    fn direct_replies_go_by_one_name() {
+        let direct = "amq.rabbitmq.reply-to.g1h2AA5yZXBseUA.abc==";
+        for (pattern, queue, expected) in [
+            ("amq.rabbitmq.reply-to", direct, true),
+            ("amq.rabbitmq.reply-to.*", direct, true),
+            ("*", direct, true),
+            ("replies.*", direct, false),
+            ("amq.rabbitmq.reply-to", "amq.rabbitmq.reply-to-mine", false),
+        ] {
+            assert_eq!(is_allowed(&[pattern.to_owned()], queue), expected, "{pattern} {queue}");
+        }
+        assert!(is_allowed(&[], direct));
     }
 }

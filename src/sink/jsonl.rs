@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use async_trait::async_trait;
 use serde::Serialize;
 
-use super::ResultSink;
+use super::{ResultSink, SinkError};
 use crate::error::FatalError;
 use crate::job::{ImageEntry, JobResult, Outcome, Provenance};
 use crate::source::Reply;
@@ -71,7 +71,7 @@ impl JsonLinesSink {
 
 #[async_trait]
 impl ResultSink for JsonLinesSink {
-    async fn publish(&self, result: &JobResult, _: &Reply) -> Result<(), FatalError> {
+    async fn publish(&self, result: &JobResult, _: &Reply) -> Result<(), SinkError> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let index = result.run.as_ref().map_or(state.next, |run| run.index);
         if index == state.next {

@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
-use super::{Delivery, JobSource, Reply, Settle, Settlement};
+use super::{Delivery, JobSource, Reply, Settle, Settlement, Unsettled};
 use crate::error::FatalError;
 use crate::job::{ImageRef, Job};
 
@@ -70,5 +70,7 @@ struct Nothing;
 
 #[async_trait]
 impl Settle for Nothing {
-    async fn settle(self: Box<Self>, _: Settlement) {}
+    async fn settle(self: Box<Self>, _: Settlement) -> Option<Unsettled> {
+        None
+    }
 }

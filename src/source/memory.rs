@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{Delivery, JobSource, Reply, Settle, Settlement, Unworkable};
+use super::{Delivery, JobSource, Reply, Settle, Settlement, Unsettled, Unworkable};
 use crate::error::FatalError;
 use crate::job::{Job, JobLimits, id_of_malformed};
 
@@ -205,8 +205,8 @@ struct MemorySettle {
 
 #[async_trait]
 impl Settle for MemorySettle {
-    async fn settle(mut self: Box<Self>, settlement: Settlement) {
-        let Some(mut message) = self.message.take() else { return };
+    async fn settle(mut self: Box<Self>, settlement: Settlement) -> Option<Unsettled> {
+        let mut message = self.message.take()?;
         let mut state = self.queue.state();
         state.unsettled -= 1;
         state.settled.push((message.body.clone(), settlement.clone()));
@@ -221,6 +221,7 @@ impl Settle for MemorySettle {
         }
         drop(state);
         self.queue.changed.notify_waiters();
+        None
     }
 }
 

@@ -18,11 +18,22 @@ use crate::error::{Failure, FailureCode, FatalError, ImageError, ImageErrorCode,
 use crate::job::{Embedding, ImageEntry, ImageRef, Job, JobResult, Outcome, Provenance, Verdict};
 use crate::metrics::Stage;
 use crate::outage::Outage;
-use crate::source::{Delivery, Settlement};
+use crate::sink::SinkError;
+use crate::source::{Delivery, Reply, Settlement};
 
 /// Images of a suspect in flight at once. If what ended the worker was too little memory for many
 /// large images at once, it now passes.
 const SUSPECT_IMAGES: usize = 4;
+
+/// The end of a job that should be tried again and cannot be.
+///
+/// * `error`: why its last attempt failed.
+/// * `reason`: why there is no further one.
+fn not_again(attempt: u32, error: &str, reason: &str) -> (Outcome, Settlement) {
+    let message = format!("attempt {attempt} failed: {error}; it cannot be tried again: {reason}");
+    let failure = Failure::new(FailureCode::RetriesExhausted, message);
+    (Outcome::Failed { error: failure.clone() }, Settlement::DeadLetter(failure))
+}
 
 /// An image's place among those in flight, and among those of its suspect.
 type Place = (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>);
@@ -176,7 +187,7 @@ impl Core {
         admitted: Result<Admitted, JobError>,
         underway: &Underway,
     ) -> Result<(), FatalError> {
-        let Delivery { mut job, attempt, reply, settle, .. } = delivery;
+        let Delivery { mut job, attempt, reply, mut settle, .. } = delivery;
         let outcome = match (&mut job, admitted) {
             (Ok(job), Ok(admitted)) => self.collect(job, admitted, attempt, underway).await,
             (_, Err(error)) => Err(error),
@@ -201,9 +212,16 @@ impl Core {
                 if matches!(settlement, Settlement::Retry { .. }) {
                     underway.failed("transient", &reason);
                 }
-                settle.settle(settlement.clone()).await;
-                underway.settled(&settlement, false);
-                return Ok(());
+                match settle.settle(settlement.clone()).await {
+                    None => {
+                        underway.settled(&settlement, false);
+                        return Ok(());
+                    }
+                    Some(unsettled) => {
+                        settle = unsettled.settle;
+                        not_again(attempt, &reason, &unsettled.reason)
+                    }
+                }
             }
         };
         let images = match &outcome {
@@ -212,10 +230,10 @@ impl Core {
         };
         let finished_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
         let worker = self.options.name.clone();
-        let result = JobResult { id, outcome, run, attempt, worker, finished_at };
+        let mut result = JobResult { id, outcome, run, attempt, worker, finished_at };
         let clock = self.metrics().clock();
         let step = underway.step("publish");
-        self.sink.publish(&result, &reply).await?;
+        self.publish(&mut result, &reply).await?;
         self.metrics().step_of(Stage::Publish, clock.spent(), images);
         drop(step);
         let failed = matches!(result.outcome, Outcome::Failed { .. });
@@ -232,9 +250,31 @@ impl Core {
                 }
             }
         }
+        // Only a retry could be impossible.
         settle.settle(settlement.clone()).await;
         underway.settled(&settlement, failed);
         Ok(())
+    }
+
+    /// Publishes a result. If that is too large, the result becomes a small failure that says so.
+    async fn publish(&self, result: &mut JobResult, reply: &Reply) -> Result<(), FatalError> {
+        let too_large = match self.sink.publish(result, reply).await {
+            Ok(()) => return Ok(()),
+            Err(SinkError::Fatal(error)) => return Err(error),
+            Err(error @ SinkError::TooLarge { .. }) => error,
+        };
+        let message = format!(
+            "{too_large}; send fewer images per job, a smaller top_k, or \"embeddings\": false, or raise \
+             the broker's max_message_size"
+        );
+        let error = Failure::new(FailureCode::ResultTooLarge, message);
+        result.outcome = Outcome::Failed { error };
+        match self.sink.publish(result, reply).await {
+            Ok(()) => Ok(()),
+            Err(SinkError::Fatal(error)) => Err(error),
+            // No result at all fits.
+            Err(error @ SinkError::TooLarge { .. }) => Err(FatalError::Sink(error.to_string())),
+        }
     }
 
     /// Every image's entry, in the job's order. The job's own list becomes theirs.

@@ -183,7 +183,7 @@ async fn acks_that_a_lost_connection_took_along_are_missed_by_no_job() {
                 let job = id(&delivery);
                 // As a worker does it: what is lost is let go.
                 tokio::select! {
-                    () = delivery.settle.settle(Settlement::Ack) => {}
+                    _ = delivery.settle.settle(Settlement::Ack) => {}
                     () = delivery.lost.cancelled() => {}
                 }
                 seen.lock().unwrap().insert(job);

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use angler::amqp::AmqpOptions;
 use angler::amqp::publisher::{Published, Publisher};
@@ -19,6 +19,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use serde_json::json;
 
 use super::soon;
+use super::support::servers::Server;
 use super::support::{Broker, Client, Received, eventually};
 
 const LIMITS: JobLimits = JobLimits { images: 10, message_bytes: 10_000 };
@@ -74,7 +75,11 @@ pub struct Amqp {
 
 impl Amqp {
     pub async fn new() -> Self {
-        let broker = Broker::new().await;
+        Self::on(Broker::new().await).await
+    }
+
+    /// On this broker.
+    pub async fn on(broker: Broker) -> Self {
         let topology = Topology {
             jobs: "angler.jobs".into(),
             results: "angler.results".into(),
@@ -639,6 +644,8 @@ async fn the_amqp_attempt_is_read_whatever_its_width_and_nonsense_counts_as_the_
 async fn a_dead_letter_lies_in_the_dead_queue_with_why_and_without_the_brokers_record() {
     let world = Amqp::new().await;
     let own = table(&[
+        // Nowhere: RabbitMQ would send a copy there.
+        ("CC", AMQPValue::FieldArray(vec![text("nowhere")].into())),
         ("traceparent", text("00-aa-bb-01")),
         ("x-first-death-queue", text("made up")),
         ("tenant", text("t")),
@@ -683,6 +690,7 @@ async fn a_dead_letter_lies_in_the_dead_queue_with_why_and_without_the_brokers_r
     let of_broker = |key: &&String| key.starts_with("x-") && *key != "x-delivery-count";
     let foreign: Vec<&String> = headers.keys().filter(of_broker).collect();
     assert!(foreign.is_empty(), "{foreign:?}");
+    assert!(!headers.contains_key("CC"));
     let properties = &dead.properties;
     assert_eq!(*properties.delivery_mode(), Some(2));
     for (property, expected) in [
@@ -735,11 +743,90 @@ async fn a_retry_without_a_queue_for_its_delay_goes_back_and_is_not_lost() {
     world.push(&job("a")).await;
     let mut source = world.source();
     let nowhere = Settlement::Retry { delay: Duration::from_secs(77), error: "e".into() };
+    let began = Instant::now();
     receive(&mut source).await.settle.settle(nowhere).await;
     let delivery = receive(&mut source).await;
-    assert_eq!((id(&delivery).as_str(), delivery.attempt), ("a", 1));
+    // Counted, and not at once: a job that fails each time ends, and does not spin until then.
+    assert_eq!((id(&delivery).as_str(), delivery.attempt), ("a", 2));
+    assert!(began.elapsed() > Duration::from_secs(4), "{:?}", began.elapsed());
     delivery.settle.settle(Settlement::Ack).await;
     end(source).await;
+}
+
+#[tokio::test]
+async fn a_retry_queue_that_was_deleted_is_declared_again() {
+    let world = Amqp::new().await;
+    world.push(&job("a")).await;
+    let mut source = world.source();
+    let delivery = receive(&mut source).await;
+    let queue = world.topology.retry_queue(SHORT);
+    let path = format!("queues/{}/{queue}", world.broker.vhost);
+    world.broker.manage("DELETE", &path, None);
+    delivery.settle.settle(Settlement::Retry { delay: SHORT, error: "e".into() }).await;
+    let delivery = receive(&mut source).await;
+    assert_eq!((id(&delivery).as_str(), delivery.attempt), ("a", 2));
+    delivery.settle.settle(Settlement::Ack).await;
+    assert_eq!(world.broker.queue(&queue)["type"], "quorum");
+    end(source).await;
+}
+
+#[tokio::test]
+async fn what_a_full_queue_does_not_take_back_is_handed_back_to_its_head() {
+    let world = Amqp::new().await;
+    for name in ["a", "b", "c"] {
+        world.push(&job(name)).await;
+    }
+    let mut source = world.source();
+    let held = receive(&mut source).await;
+    assert_eq!(id(&held), "a");
+    // Whatever is published to it is nacked.
+    let full = json!({
+        "pattern": "^angler.jobs$", "apply-to": "queues", "definition": {"max-length": 0},
+    });
+    let path = format!("policies/{}/full", world.broker.vhost);
+    world.broker.manage("PUT", &path, Some(&full.to_string()));
+    eventually("the queue is full", async || {
+        (world.broker.queue("angler.jobs")["policy"] == "full").then_some(())
+    })
+    .await;
+    soon("the source pauses", source.pause("it is told to")).await;
+    soon("one is given back", held.settle.settle(Settlement::Requeue)).await;
+    // While the first source keeps its connection.
+    let mut other = world.source();
+    let mut names = Vec::new();
+    for _ in 0..3 {
+        let delivery = receive_any(&mut other).await;
+        names.push(id(&delivery));
+        delivery.settle.settle(Settlement::Ack).await;
+    }
+    names.sort();
+    assert_eq!(names, ["a", "b", "c"]);
+    end(other).await;
+    end(source).await;
+    assert!(world.take_waiting().await.is_empty());
+}
+
+#[tokio::test]
+async fn a_retry_that_the_broker_refuses_for_its_size_can_be_settled_otherwise() {
+    let server = Server::rabbitmq("");
+    let world = Amqp::on(Broker::of(&server)).await;
+    let body = [job("a"), vec![b' '; 5_000]].concat();
+    world.push(&body).await;
+    // Two places: until 4.0, and from then on.
+    server.ctl(&[
+        "eval",
+        "application:set_env(rabbit, max_message_size, 3000), \
+         persistent_term:put(max_message_size, 3000).",
+    ]);
+    let mut source = world.source();
+    let retry = Settlement::Retry { delay: SHORT, error: "e".into() };
+    let unsettled = receive(&mut source).await.settle.settle(retry).await.unwrap();
+    assert!(unsettled.reason.contains("3000"), "{}", unsettled.reason);
+    let failure = Failure::new(FailureCode::RetriesExhausted, unsettled.reason);
+    assert!(unsettled.settle.settle(Settlement::DeadLetter(failure)).await.is_none());
+    assert_eq!(world.dead().await.raw, body);
+    end(source).await;
+    assert!(world.take_waiting().await.is_empty());
 }
 
 #[tokio::test]

@@ -9,6 +9,7 @@ mod support;
 mod broker;
 mod ledger;
 mod proxy;
+mod publish;
 mod queues;
 mod store;
 mod unparsable;

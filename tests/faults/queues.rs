@@ -11,7 +11,7 @@ use lapin::types::{AMQPValue, FieldTable};
 
 use crate::ledger::Ledger;
 use crate::support::eventually;
-use crate::world::World;
+use crate::world::{World, unready};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn results_that_a_full_queue_refuses_are_offered_until_it_has_room() {
@@ -26,10 +26,8 @@ async fn results_that_a_full_queue_refuses_are_offered_until_it_has_room() {
     client.channel.queue_declare("angler.results".into(), durable, arguments).await.unwrap();
     let worker = world.setup.start().await;
     let ids = world.jobs(&client, "full", 30).await;
-    eventually("results are refused", async || {
-        worker.log().contains("the broker refused it (nack)").then_some(())
-    })
-    .await;
+    unready(&worker, "a message for angler.results has not been confirmed").await;
+    assert!(worker.log().contains("the broker refused it (nack)"), "{}", worker.log());
     // No job is settled whose result nobody has.
     // (A quorum queue notices a little late that it is full.)
     eventually("each job is held by one of the two queues", async || {
@@ -41,6 +39,7 @@ async fn results_that_a_full_queue_refuses_are_offered_until_it_has_room() {
     let mut results = client.consume("angler.results").await;
     ledger.collect(&mut results, &ids).await;
     ledger.all_done();
+    worker.ready().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

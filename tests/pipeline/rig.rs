@@ -27,7 +27,7 @@ use angler::pipeline::{ImageLimits, Pipeline};
 use angler::preprocess::{Filter, PixelSpec, Resize};
 use angler::retry::RetrySchedule;
 use angler::score::Scorer;
-use angler::sink::ResultSink;
+use angler::sink::{ResultSink, SinkError};
 use angler::source::memory::MemoryQueue;
 use angler::source::{JobSource, Reply, Settlement};
 use angler::store::{ByteBudget, Fetched, ImageStore};
@@ -216,11 +216,11 @@ impl TestSink {
 
 #[async_trait]
 impl ResultSink for TestSink {
-    async fn publish(&self, result: &JobResult, _: &Reply) -> Result<(), FatalError> {
+    async fn publish(&self, result: &JobResult, _: &Reply) -> Result<(), SinkError> {
         let _inside = self.publishing.enter();
         self.gate.pass().await;
         if self.broken {
-            return Err(FatalError::Sink("as it was told to".into()));
+            return Err(FatalError::Sink("as it was told to".into()).into());
         }
         self.results.lock().unwrap().push(result.clone());
         Ok(())

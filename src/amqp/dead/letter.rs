@@ -13,7 +13,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::amqp::{DIED_AT, JOBS_QUEUE, again, number_header, string_header};
+use crate::amqp::{DIED_AT, JOBS_QUEUE, again, number_header, stays_behind, string_header};
 use crate::job::id_of_malformed;
 
 /// Tables and lists in headers are shown to this depth.
@@ -92,16 +92,15 @@ impl DeadLetter {
         }
     }
 
-    /// The properties of the job as it was before its first attempt: without what workers and the
-    /// broker wrote into its headers. RabbitMQ before 4.0 would read `x-death` and drop the message
-    /// as a cycle.
+    /// Returns the properties of the job as it was before its first attempt: without what workers and
+    /// the broker wrote into its headers, and without its producer's `CC` and `BCC`.
     pub(super) fn properties_again(&self) -> BasicProperties {
         let old = &self.properties;
         let headers: BTreeMap<ShortString, AMQPValue> = old
             .headers()
             .iter()
             .flat_map(|headers| headers.inner())
-            .filter(|(key, _)| !was_added(key.as_str()))
+            .filter(|(key, _)| !is_dropped(key.as_str()))
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect();
         again(old, FieldTable::from(headers))
@@ -140,15 +139,9 @@ impl DeadLetter {
     }
 }
 
-/// Whether a worker or the broker added this header.
-fn was_added(key: &str) -> bool {
-    key.starts_with("angler-")
-        || key == "x-death"
-        || key.starts_with("x-first-death-")
-        || key.starts_with("x-last-death-")
-        // What a quorum queue counts for itself; 4.x has the second one.
-        || key == "x-delivery-count"
-        || key == "x-acquired-count"
+/// Returns whether a header is no part of the job as it is sent again.
+fn is_dropped(key: &str) -> bool {
+    key.starts_with("angler-") || stays_behind(key)
 }
 
 fn latest_death(headers: &FieldTable) -> Option<&FieldTable> {
@@ -250,6 +243,8 @@ mod tests {
             "x-first-death-queue",
             "x-last-death-reason",
             "x-delivery-count",
+            "CC",
+            "BCC",
         ];
         for key in added.into_iter().chain(["traceparent", "x-tenant"]) {
             put(&mut headers, key, "value");

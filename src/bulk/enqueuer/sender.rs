@@ -104,7 +104,7 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
         progress: &mut Instant,
     ) -> Outcome<()> {
         let Target { topology, first, .. } = self.target;
-        for mismatch in topology.declare(connection).await.map_err(AmqpError::from)? {
+        for mismatch in topology.declare(connection).await? {
             tracing::warn!("{mismatch}");
         }
         self.take_turn(connection).await?;

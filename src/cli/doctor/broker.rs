@@ -229,10 +229,13 @@ fn found_queue(
         }
         Ok(Err(error)) if denied(&error) => {
             let user = &uri.authority.userinfo.username;
-            Check::problem(
+            Check::warning(
                 name,
-                format!("user {user} may not declare it, which a worker does at each start"),
-                format!("Let it:\n{}", permissions(user, &uri.vhost)),
+                format!(
+                    "is there, and a worker uses it unchanged; user {user} may not declare it, so its \
+                     arguments were not compared"
+                ),
+                format!("To have them compared, let it:\n{}", permissions(user, &uri.vhost)),
             )
         }
         Ok(Err(error)) => {

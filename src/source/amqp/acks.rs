@@ -10,6 +10,10 @@
 //! each delivery is acked by itself. None is held back until those before it are settled, which may
 //! take as long as a job.
 //!
+//! A delivery that cannot be published anywhere is [handed back](PendingAck::requeue) to the broker or
+//! [left to its dead-lettering](PendingAck::reject) instead. That is rare: it is written before the
+//! acks that came with it, so that no `multiple` covers it.
+//!
 //! Tags mean something on their own channel only. A [`PendingAck`] knows its channel's task, which
 //! ends with the connection; then the delivery comes back.
 
@@ -17,7 +21,7 @@ use std::collections::BTreeMap;
 
 use futures_util::future::try_join_all;
 use lapin::Channel;
-use lapin::options::BasicAckOptions;
+use lapin::options::{BasicAckOptions, BasicNackOptions};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -34,9 +38,21 @@ pub(super) struct PendingAck {
 }
 
 struct Settled {
-    /// None: only to learn that all before it is written.
+    /// `None` only to learn that all before it is written.
     tag: Option<u64>,
+    how: How,
     written: oneshot::Sender<()>,
+}
+
+/// What the broker does with a delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// It forgets the message.
+    Ack,
+    /// It puts the message back to the head of its queue.
+    Requeue,
+    /// It dead-letters the message, if the queue has a place for that.
+    Reject,
 }
 
 impl Acks {
@@ -54,24 +70,43 @@ impl Acks {
 
     /// Returns once all that was settled is written, or cannot be any more.
     pub async fn flushed(&self) {
-        hand_over(&self.settled, None).await;
+        hand_over(&self.settled, None, How::Ack).await;
     }
 }
 
 impl PendingAck {
     /// Returns once the ack is written, or cannot be any more: then the delivery comes back.
     pub async fn ack(self) {
-        if !hand_over(&self.settled, Some(self.tag)).await {
-            tracing::debug!(tag = self.tag, "not acked, its channel is gone: it comes back");
+        self.settle(How::Ack).await;
+    }
+
+    /// Hands the delivery back to the head of its queue. The broker counts that as one more delivery
+    /// and marks it as redelivered.
+    pub async fn requeue(self) {
+        self.settle(How::Requeue).await;
+    }
+
+    /// Hands the delivery to the broker's own dead-lettering. A queue without that drops it.
+    pub async fn reject(self) {
+        self.settle(How::Reject).await;
+    }
+
+    async fn settle(self, how: How) {
+        if !hand_over(&self.settled, Some(self.tag), how).await {
+            tracing::debug!(
+                tag = self.tag,
+                ?how,
+                "not settled, its channel is gone: it comes back"
+            );
         }
     }
 }
 
 /// Whether it was written. Dropped in between, it is written or not; both are right for a delivery
 /// that is safe elsewhere.
-async fn hand_over(queue: &mpsc::Sender<Settled>, tag: Option<u64>) -> bool {
+async fn hand_over(queue: &mpsc::Sender<Settled>, tag: Option<u64>, how: How) -> bool {
     let (written, done) = oneshot::channel();
-    queue.send(Settled { tag, written }).await.is_ok() && done.await.is_ok()
+    queue.send(Settled { tag, how, written }).await.is_ok() && done.await.is_ok()
 }
 
 /// Writes acks until the channel is gone. What is left in the queue is dropped with it, which tells
@@ -81,12 +116,7 @@ async fn write(channel: Channel, mut queue: mpsc::Receiver<Settled>) {
     let mut batch = Vec::new();
     let most = queue.max_capacity();
     while queue.recv_many(&mut batch, most).await > 0 {
-        let acks = tags.settle(batch.iter().filter_map(|settled| settled.tag).collect());
-        // All in the client's queue before the first is awaited: they leave in one write.
-        let written = acks
-            .into_iter()
-            .map(|Ack { tag, multiple }| channel.basic_ack(tag, BasicAckOptions { multiple }));
-        if let Err(error) = try_join_all(written).await {
+        if let Err(error) = write_batch(&channel, &mut tags, &batch).await {
             tracing::warn!("deliveries could not be acked and come back: {error}");
             return;
         }
@@ -94,6 +124,31 @@ async fn write(channel: Channel, mut queue: mpsc::Receiver<Settled>) {
             let _ = written.send(()); // Whoever settled it may be gone.
         }
     }
+}
+
+async fn write_batch(
+    channel: &Channel,
+    tags: &mut Tags,
+    batch: &[Settled],
+) -> Result<(), lapin::Error> {
+    let mut acked = Vec::with_capacity(batch.len());
+    for Settled { tag, how, .. } in batch {
+        match (tag, how) {
+            (None, _) => {}
+            (Some(tag), How::Ack) => acked.push(*tag),
+            (Some(tag), how) => {
+                let requeue = *how == How::Requeue;
+                channel.basic_nack(*tag, BasicNackOptions { multiple: false, requeue }).await?;
+                tags.add(*tag);
+            }
+        }
+    }
+    // All in the client's queue before the first is awaited: they leave in one write.
+    let written = tags
+        .settle(acked)
+        .into_iter()
+        .map(|Ack { tag, multiple }| channel.basic_ack(tag, BasicAckOptions { multiple }));
+    try_join_all(written).await.map(drop)
 }
 
 /// One `basic.ack`.
@@ -166,6 +221,16 @@ mod tests {
         assert_eq!(tags.settle(vec![7, 5]), [up_to(7)]);
         assert_eq!(tags.settle(vec![9, 11, 10, 13]), [up_to(11), one(13)]);
         assert_eq!(tags.settle(vec![]), []);
+    }
+
+    #[test]
+    fn what_was_handed_back_fills_its_gap_and_is_never_the_tag_of_an_ack() {
+        let mut tags = Tags::default();
+        tags.add(1);
+        assert_eq!(tags.settle(vec![]), []);
+        tags.add(4);
+        assert_eq!(tags.settle(vec![3, 2]), [up_to(3)]);
+        assert_eq!(tags.settle(vec![5]), [one(5)]);
     }
 
     #[test]

@@ -1,23 +1,35 @@
 //! How a delivery from RabbitMQ is settled: published where it goes next and confirmed there, then
 //! acked.
+//!
+//! Where a delivery cannot be published in time, or ever, it is handed back to the broker instead: it
+//! is never lost, and it holds no place in the worker without end.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
+use tokio::time::timeout;
 
 use super::acks::PendingAck;
-use crate::amqp::publisher::{Published, Publisher};
+use crate::amqp::publisher::{Publisher, TooLarge, Unpublished};
 use crate::amqp::topology::Topology;
-use crate::amqp::{DELIVERY_COUNT, DIED_AT, JOBS_QUEUE, again, short};
-use crate::source::{Settle, Settlement};
+use crate::amqp::{DIED_AT, JOBS_QUEUE, again, short, stays_behind};
+use crate::source::{Settle, Settlement, Unsettled};
 
 /// Counts attempts across retries; never begins with `x-`, which RabbitMQ keeps for itself.
 pub(super) const ATTEMPT: &str = "angler-attempt";
 const ERROR: &str = "angler-error";
+
+/// How long a retry queue may refuse a job, or be missing. After that the job is tried again from its
+/// own queue; the time is also the pause between two such attempts.
+const RETRY_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a job's own queue may take to accept it again. A queue that is bounded and full may never
+/// do so, and a worker that drains or pauses cannot wait.
+const GIVE_BACK: Duration = Duration::from_secs(3);
 
 /// The most bytes of a producer's headers that go on with its message. Headers are one frame (AMQP
 /// 0-9-1, 2.3.5.2), which a broker takes up to its `frame_max`, 128 KiB, and else closes the
@@ -51,15 +63,9 @@ pub(super) struct Message {
 }
 
 impl Message {
-    /// The message again, with our headers and without the broker's record of dead-lettering,
-    /// which RabbitMQ before 4.0 would read as a cycle and drop the message.
+    /// Returns the message's properties for publishing it again, with headers of ours and without
+    /// those that [stay behind](stays_behind).
     fn copy(&self, own: &[(&str, AMQPValue)]) -> BasicProperties {
-        let stripped = |key: &str| {
-            key == "x-death"
-                || key == DELIVERY_COUNT
-                || key.starts_with("x-first-death-")
-                || key.starts_with("x-last-death-")
-        };
         let headers = self.properties.headers().as_ref().map(FieldTable::inner);
         let mut room = HEADERS;
         let mut fits = |key: &ShortString, value: &AMQPValue| {
@@ -79,7 +85,7 @@ impl Message {
         let kept: BTreeMap<ShortString, AMQPValue> = headers
             .into_iter()
             .flatten()
-            .filter(|(key, _)| !stripped(key.as_str()))
+            .filter(|(key, _)| !stays_behind(key.as_str()))
             .filter(|(key, value)| fits(key, value))
             .map(|(key, value)| (key.clone(), value.clone()))
             .chain(own.iter().map(|(key, value)| (short(key), value.clone())))
@@ -87,61 +93,113 @@ impl Message {
         again(&self.properties, FieldTable::from(kept))
     }
 
-    /// To a queue of the topology, with these headers of ours.
-    async fn republish(&self, queue: &str, own: &[(&str, AMQPValue)]) {
-        self.publisher.publish_to_own(queue, &self.copy(own), &self.body).await;
-    }
-
-    /// To the end of its own queue, as it came. A nack would put it to the front, but the broker
-    /// counts that as a failed delivery, and whoever gets it would take it for a suspect.
-    pub async fn give_back(self) {
-        if self.suspect {
-            return self.set_apart().await;
+    /// Publishes it to a queue of the topology, with these headers of ours, and acks it. A message
+    /// that the broker no longer accepts at its size is left to the broker's own dead-lettering, which
+    /// moves it whatever its size.
+    async fn move_to(self, queue: &str, own: &[(&str, AMQPValue)]) {
+        let copy = self.copy(own);
+        match self.publisher.publish_to_own(queue, &copy, &self.body).await {
+            Ok(()) => self.ack.ack().await,
+            Err(TooLarge(reason)) => {
+                tracing::error!(
+                    job = self.properties.message_id().as_ref().map(ShortString::as_str),
+                    queue,
+                    "the broker no longer accepts a message of this size, and dead-letters it itself: {reason}"
+                );
+                self.ack.reject().await;
+            }
         }
-        self.republish(&self.topology.jobs, &[]).await;
-        self.ack.ack().await;
     }
 
-    /// To the queue of suspects.
-    pub async fn set_apart(self) {
-        self.republish(&self.topology.suspects_queue(), &[]).await;
-        self.ack.ack().await;
+    /// Publishes it to the end of its own queue, as it came. A nack would put it to the front, but the
+    /// broker counts that as a failed delivery, and anyone who gets it would take it for a suspect. So
+    /// it is nacked only if the queue does not accept it soon.
+    pub async fn give_back(self) {
+        self.give_back_with(&[]).await;
     }
+
+    async fn give_back_with(self, own: &[(&str, AMQPValue)]) {
+        let queue = match self.suspect {
+            true => self.topology.suspects_queue(),
+            false => self.topology.jobs.clone(),
+        };
+        let copy = self.copy(own);
+        let publishing = self.publisher.publish_to_own(&queue, &copy, &self.body);
+        match timeout(GIVE_BACK, publishing).await {
+            Ok(Ok(())) => self.ack.ack().await,
+            failed => {
+                let reason = match failed {
+                    Ok(Err(error)) => error.to_string(),
+                    _ => format!("not confirmed within {} s", GIVE_BACK.as_secs()),
+                };
+                tracing::info!(
+                    job = self.properties.message_id().as_ref().map(ShortString::as_str),
+                    queue,
+                    "handed back to the head of its queue, and not to its end: {reason}"
+                );
+                self.ack.requeue().await;
+            }
+        }
+    }
+
+    /// Moves it to the queue of suspects.
+    pub async fn set_apart(self) {
+        let queue = self.topology.suspects_queue();
+        self.move_to(&queue, &[]).await;
+    }
+
+    /// Moves it to the retry queue of this delay, or to its own queue if it cannot wait there. The
+    /// attempt counts in both.
+    async fn retry(self, delay: Duration, error: &str) -> Option<Unsettled> {
+        let queue = self.topology.retry_queue(delay);
+        let attempt = AMQPValue::LongUInt(self.attempt.saturating_add(1));
+        let own = [(ATTEMPT, attempt), (ERROR, text(error))];
+        let copy = self.copy(&own);
+        let body = &self.body;
+        let published =
+            self.publisher.publish_to_own_within(RETRY_PATIENCE, &queue, &copy, body).await;
+        match published {
+            Ok(()) => self.ack.ack().await,
+            Err(Unpublished::TooLarge(TooLarge(reason))) => {
+                return Some(Unsettled { settle: Box::new(self), reason });
+            }
+            Err(Unpublished::Refused(refusal)) => {
+                tracing::error!(
+                    job = self.properties.message_id().as_ref().map(ShortString::as_str),
+                    queue,
+                    "the job cannot wait here, and is tried again from its own queue: {refusal}"
+                );
+                self.give_back_with(&own).await;
+            }
+        }
+        None
+    }
+}
+
+fn text(text: &str) -> AMQPValue {
+    AMQPValue::LongString(text.into())
 }
 
 #[async_trait]
 impl Settle for Message {
-    async fn settle(self: Box<Self>, settlement: Settlement) {
-        let text = |t: &str| AMQPValue::LongString(t.into());
+    async fn settle(self: Box<Self>, settlement: Settlement) -> Option<Unsettled> {
         match settlement {
-            Settlement::Ack => {}
-            Settlement::Requeue => return self.give_back().await,
-            Settlement::Retry { delay, error } => {
-                let queue = self.topology.retry_queue(delay);
-                let attempt = AMQPValue::LongUInt(self.attempt.saturating_add(1));
-                let own = [(ATTEMPT, attempt), (ERROR, text(&error))];
-                let copy = self.copy(&own);
-                let published = self.publisher.publish(&queue, &copy, &self.body).await;
-                if published == Published::Unroutable {
-                    tracing::error!(
-                        queue,
-                        "the queue does not exist: the job goes back to its own"
-                    );
-                    return self.give_back().await;
-                }
-            }
+            Settlement::Ack => self.ack.ack().await,
+            Settlement::Requeue => self.give_back().await,
+            Settlement::Retry { delay, error } => return self.retry(delay, &error).await,
             Settlement::DeadLetter(failure) => {
                 let now = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+                let (jobs, dead) = (self.topology.jobs.clone(), self.topology.dead.clone());
                 let own = [
                     (DIED_AT, text(&now)),
                     ("angler-reason", text(failure.code.as_str())),
                     ("angler-attempts", AMQPValue::LongUInt(self.attempt)),
-                    (JOBS_QUEUE, text(&self.topology.jobs)),
+                    (JOBS_QUEUE, text(&jobs)),
                     (ERROR, text(&failure.message)),
                 ];
-                self.republish(&self.topology.dead, &own).await;
+                self.move_to(&dead, &own).await;
             }
         }
-        self.ack.ack().await;
+        None
     }
 }
