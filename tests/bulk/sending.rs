@@ -207,9 +207,9 @@ async fn readers_of_a_mark_never_find_nothing_while_it_is_written() {
     drained.await.unwrap();
     let status = eventually("the command ends", async || sending.0.try_wait().unwrap()).await;
     assert_eq!(status.code(), Some(0));
-    // What a reader held when the last one was written is left over.
+    // What readers held when the last ones were written is left over.
     let marks = world.ready(&names.mark).await.unwrap();
-    assert!((1..=3).contains(&marks), "{marks} marks");
+    assert!((1..20).contains(&marks), "{marks} marks");
 }
 
 #[tokio::test(flavor = "multi_thread")]
