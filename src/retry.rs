@@ -16,6 +16,11 @@ pub struct RetrySchedule {
 }
 
 impl RetrySchedule {
+    /// One attempt and no other.
+    pub const fn never() -> Self {
+        Self { delays: Vec::new(), max_attempts: 1 }
+    }
+
     /// How long to wait after `attempt` (the first is 1) failed; none when that was the last.
     pub fn delay_after(&self, attempt: u32) -> Option<Duration> {
         if attempt >= self.max_attempts {

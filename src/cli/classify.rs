@@ -21,6 +21,7 @@ use crate::classes::{ClassVectors, Contents};
 use crate::job::{ClassSelector, Job, MAX_TOP_K, Run, hex};
 use crate::model::Model;
 use crate::pipeline::Pipeline;
+use crate::retry::RetrySchedule;
 use crate::shutdown;
 use crate::sink::ResultSink;
 use crate::sink::jsonl::JsonLinesSink;
@@ -131,11 +132,13 @@ impl Classify {
         });
         let (writer, finish) = output.split()?;
         let sink = Arc::new(JsonLinesSink::new(writer, observer));
-        let options = app.worker_options(
+        let mut options = app.worker_options(
             "classify",
             model,
             2 + total.min(app.settings.limits.images_in_flight) / IMAGES_PER_JOB,
         );
+        // A list has no queue for a later attempt: an image that fails for a passing reason is told.
+        options.retry = RetrySchedule::never();
         let worker = Worker::new(
             Box::new(FolderSource::new(template, images)),
             Arc::clone(&sink) as Arc<dyn ResultSink>,

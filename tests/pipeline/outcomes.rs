@@ -6,7 +6,10 @@ use std::time::Duration;
 use angler::classes::catalog::{Catalog, version_key};
 use angler::classes::{Contents, file};
 use angler::error::{Failure, FailureCode};
+use angler::job::Job;
+use angler::retry::RetrySchedule;
 use angler::source::Settlement;
+use angler::source::folder::FolderSource;
 use angler::store::local::LocalObjects;
 use angler::store::{ETag, Got, Listed, Object, ObjectError, ObjectStore};
 use async_trait::async_trait;
@@ -283,4 +286,20 @@ async fn embeddings_come_back_as_unit_vectors_if_wanted() {
         let largest = embedding.iter().copied().fold(f32::MIN, f32::max);
         assert!((best.score - largest).abs() < 1e-5);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_list_every_image_is_told_though_there_is_no_queue_for_a_later_attempt() {
+    let _clock = ticking();
+    let mut rig = Rig::default();
+    rig.options.retry = RetrySchedule::never();
+    let job = json!({"id": "list", "images": ["9,0,0"], "classes": "colours"});
+    let template = Job::parse(job.to_string().as_bytes(), None, JOB_LIMITS).unwrap();
+    let mut images = vec!["9,0,0".to_owned(); 40];
+    images[3] = "storage_unavailable".to_owned();
+    let mut run = rig.start_with(|_| Box::new(FolderSource::new(template, images)));
+    run.ended().await.unwrap();
+    let told: Vec<String> = run.sink.results().iter().flat_map(|r| verdicts(r)).collect();
+    assert_eq!(told.len(), 40);
+    assert_eq!(told.iter().filter(|told| *told == "storage_unavailable").count(), 1);
 }
