@@ -30,7 +30,7 @@ use crate::source::JobSource;
 use crate::source::amqp::AmqpSource;
 use crate::source::lanes::Lanes;
 use crate::store::local::{LocalImages, LocalObjects};
-use crate::store::s3::{self, S3Images, S3Objects, S3Uri};
+use crate::store::s3::{Clients, S3Images, S3Objects, S3Uri};
 use crate::store::shared::SharedImages;
 use crate::store::{ImageStore, ObjectStore, Routed};
 use crate::telemetry::otlp::{Identity, Otlp};
@@ -43,7 +43,7 @@ pub struct App {
     pub settings: Settings,
     /// What the engine and all around it record.
     pub metrics: Arc<Metrics>,
-    s3: OnceCell<aws_sdk_s3::Client>,
+    s3: OnceCell<Clients>,
 }
 
 impl App {
@@ -57,8 +57,13 @@ impl App {
     /// # Errors
     /// If `s3.ca_file` cannot be used.
     pub async fn s3_client(&self) -> Result<aws_sdk_s3::Client> {
+        Ok(self.s3_clients().await?.get())
+    }
+
+    /// The one client of the store, replaced when its credentials are rejected.
+    async fn s3_clients(&self) -> Result<Clients> {
         let options = self.settings.s3_options();
-        Ok(self.s3.get_or_try_init(|| async { s3::client(&options).await }).await?.clone())
+        Ok(self.s3.get_or_try_init(|| async { Clients::new(&options).await }).await?.clone())
     }
 
     /// Images in S3.
@@ -66,7 +71,7 @@ impl App {
     /// # Errors
     /// If `s3.ca_file` cannot be used.
     pub async fn s3_images(&self) -> Result<S3Images> {
-        Ok(S3Images::new(self.s3_client().await?, &self.settings.s3_options()))
+        Ok(S3Images::new(self.s3_clients().await?, &self.settings.s3_options()))
     }
 
     /// The folder or bucket prefix of `classes.root`.
@@ -79,7 +84,7 @@ impl App {
             return Ok(Arc::new(LocalObjects::new(root)));
         }
         let uri = S3Uri::parse(root).map_err(anyhow::Error::msg).context("classes.root")?;
-        Ok(Arc::new(S3Objects::new(self.s3_client().await?, uri)))
+        Ok(Arc::new(S3Objects::new(self.s3_clients().await?, uri)))
     }
 
     /// A bucket's objects.
@@ -88,7 +93,7 @@ impl App {
     /// If `s3.ca_file` cannot be used.
     pub async fn bucket(&self, bucket: &str) -> Result<Arc<dyn ObjectStore>> {
         let root = S3Uri { bucket: bucket.to_owned(), key: String::new() };
-        Ok(Arc::new(S3Objects::new(self.s3_client().await?, root)))
+        Ok(Arc::new(S3Objects::new(self.s3_clients().await?, root)))
     }
 
     /// The model of `model.path`.
@@ -156,14 +161,12 @@ impl App {
         Ok(Catalog::new(self.class_root().await?, &model.fingerprint, model.dim, options))
     }
 
-    /// Notices when the store is away: for certain if class sets lie there, too.
+    /// Notices when the store cannot be used: for certain if class sets are in it, too.
     fn outage(&self) -> Outage {
-        let (root, allowed) = (&self.settings.classes.root, &self.settings.s3.allowed_buckets);
+        let root = &self.settings.classes.root;
         match S3Uri::parse(root) {
-            Ok(uri) if allowed.is_empty() || allowed.contains(&uri.bucket) => {
-                Outage::probing(format!("{}/probe", root.trim_end_matches('/')))
-            }
-            _ => Outage::default(),
+            Ok(_) => Outage::probing(format!("{}/probe", root.trim_end_matches('/'))),
+            Err(_) => Outage::default(),
         }
     }
 

@@ -16,7 +16,7 @@ use crate::words::cut;
 pub enum ImageErrorCode {
     /// The bucket or the key does not exist.
     NotFound,
-    /// The store refused the worker's credentials for this object.
+    /// The store denied the worker, whose credentials it accepts, access to this object.
     AccessDenied,
     /// The bucket is not in `s3.allowed_buckets`.
     BucketNotAllowed,
@@ -28,7 +28,8 @@ pub enum ImageErrorCode {
     UnsupportedFormat,
     /// An image of a known format that cannot be decoded.
     CorruptImage,
-    /// The store did not answer, or answered that it cannot at present.
+    /// The store did not answer, answered that it cannot at present, or rejected the worker's
+    /// credentials.
     StorageUnavailable,
     /// The image was not ready within `limits.image_seconds`.
     Timeout,
@@ -82,18 +83,47 @@ pub struct ImageError {
     pub code: ImageErrorCode,
     /// What was wrong and where, for a person.
     pub message: String,
+    /// What the error says about the store. Not part of a result.
+    #[serde(skip)]
+    pub fault: StoreFault,
+}
+
+/// What an image's error says about the store as a whole.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum StoreFault {
+    /// Nothing.
+    #[default]
+    None,
+    /// The store rejected the worker's credentials, or the worker has none.
+    Credentials,
+    /// The store denied access to this object, and this worker has not read any object yet: the
+    /// worker may lack a grant for all of them.
+    Unconfirmed,
+    /// The worker could not read any object at the time, so the attempt does not count.
+    Outage,
 }
 
 impl ImageError {
     /// An error of this kind with a message for a person, of which at most 1,000 characters are kept.
     pub fn new(code: ImageErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: bounded(message.into()) }
+        Self { code, message: bounded(message.into()), fault: StoreFault::None }
     }
 
-    /// Whether another attempt at the same image may succeed, because the fault lies with the
+    /// The error of a request whose credentials were rejected or missing.
+    pub fn credentials(message: impl Into<String>) -> Self {
+        Self::new(ImageErrorCode::StorageUnavailable, message).with(StoreFault::Credentials)
+    }
+
+    /// The same error, saying this about the store.
+    #[must_use]
+    pub fn with(self, fault: StoreFault) -> Self {
+        Self { fault, ..self }
+    }
+
+    /// `true` if another attempt at the same image may succeed, because the fault may lie with the
     /// store and not with the image.
     pub fn is_transient(&self) -> bool {
-        self.code == ImageErrorCode::StorageUnavailable
+        self.code == ImageErrorCode::StorageUnavailable || self.fault != StoreFault::None
     }
 }
 

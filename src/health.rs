@@ -32,6 +32,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::classes::catalog::Catalog;
 use crate::metrics::{Metrics, Window};
+use crate::outage::Trouble;
 use crate::pipeline::Pipeline;
 
 /// How often the numbers are noted that rates are taken from.
@@ -150,9 +151,9 @@ impl Readiness {
         locked(&self.blocked).is_some() && self.connected() != Some(false)
     }
 
-    /// Whether the store is away.
-    fn store_is_away(&self) -> bool {
-        self.pipeline.get().and_then(|p| p.outage()).is_some_and(|outage| outage.is_on())
+    /// Why the store cannot be used, if it cannot.
+    fn store_trouble(&self) -> Option<Trouble> {
+        self.pipeline.get()?.outage()?.trouble()
     }
 
     /// Where work is stuck, if it is.
@@ -183,6 +184,9 @@ impl Readiness {
         if lost.is_empty() {
             if let Some(blocked) = locked(&self.blocked).as_ref() {
                 return Some(blocked.clone());
+            }
+            if let Some(trouble) = self.store_trouble() {
+                return Some(trouble.to_string());
             }
             let nothing = || "no jobs are being consumed".to_owned();
             return paused.or_else(|| queues.is_empty().then(nothing));

@@ -92,9 +92,24 @@ impl Pipeline {
         }
     }
 
-    /// Whether and when the store is away, if that is watched.
+    /// Whether the store can be used, if that is watched.
     pub fn outage(&self) -> Option<&Outage> {
         self.outage.as_deref()
+    }
+
+    /// Decides what an image's error means for the store, if that is watched.
+    pub async fn explain(&self, error: ImageError) -> ImageError {
+        match &self.outage {
+            Some(outage) => outage.explain(error, self.store.as_ref(), &self.budget).await,
+            None => error,
+        }
+    }
+
+    /// Looks whether the store can be used, because class sets in it cannot be read.
+    pub async fn suspect_store(&self) {
+        if let Some(outage) = self.outage.as_deref().filter(|outage| outage.has_root()) {
+            outage.check(self.store.as_ref(), &self.budget).await;
+        }
     }
 
     /// The steps that no deadline ends, for the watchdog.
@@ -152,7 +167,12 @@ impl Pipeline {
             if let Some(outage) = &self.outage {
                 outage.note(uri, fetched.as_ref().err());
             }
-            let passing = fetched.as_ref().is_err_and(ImageError::is_transient);
+            let fetched = match fetched {
+                Err(error) => Err(self.explain(error).await),
+                fetched => fetched,
+            };
+            let unavailable = |e: &ImageError| e.code == ImageErrorCode::StorageUnavailable;
+            let passing = fetched.as_ref().is_err_and(unavailable);
             let away = self.outage.as_ref().is_some_and(|outage| outage.is_on());
             if !passing || away || tries == RETRIES {
                 return fetched;

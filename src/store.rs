@@ -23,6 +23,15 @@ pub trait ImageStore: Send + Sync {
     /// `not_found`, `access_denied`, `bucket_not_allowed`, `bad_uri`, `too_large`,
     /// `storage_unavailable`.
     async fn fetch(&self, uri: &str, budget: &ByteBudget) -> Result<Fetched, ImageError>;
+
+    /// Asks for as little of the object as the store allows, in a request of its own that waits
+    /// for no other. Any answer but a refusal of this worker is good, "no such key" included.
+    ///
+    /// # Errors
+    /// As [`fetch`](Self::fetch).
+    async fn probe(&self, uri: &str, budget: &ByteBudget) -> Result<(), ImageError> {
+        self.fetch(uri, budget).await.map(drop)
+    }
 }
 
 /// An image's encoded bytes and their share of the budget. Clones have the same bytes and the same
@@ -252,6 +261,13 @@ impl ImageStore for Routed {
         match &self.s3 {
             Some(s3) if uri.starts_with("s3://") => s3.fetch(uri, budget).await,
             _ => self.local.fetch(uri, budget).await,
+        }
+    }
+
+    async fn probe(&self, uri: &str, budget: &ByteBudget) -> Result<(), ImageError> {
+        match &self.s3 {
+            Some(s3) if uri.starts_with("s3://") => s3.probe(uri, budget).await,
+            _ => self.local.probe(uri, budget).await,
         }
     }
 }

@@ -10,7 +10,7 @@
 //! * **One version a job**: chosen at admission, kept to the end.
 //! * **Suspects run alone**, on one worker of the fleet: a job that workers held when they died may be
 //!   what killed them.
-//! * **No jobs while the store is away**: they would only spend their attempts.
+//! * **No jobs while the store cannot be used**: they would only spend their attempts.
 
 mod course;
 mod turns;
@@ -31,6 +31,7 @@ use crate::classes::shadow::Shadow;
 use crate::embed::Backend;
 use crate::error::FatalError;
 use crate::metrics::Metrics;
+use crate::outage::Outage;
 use crate::pipeline::Pipeline;
 use crate::retry::RetrySchedule;
 use crate::sink::ResultSink;
@@ -83,8 +84,8 @@ enum Next {
     Job(Option<(Box<Delivery>, OwnedSemaphorePermit)>),
     /// Suspects wait, and it is time to ask for the turn.
     Suspects,
-    /// The store is away.
-    Outage,
+    /// The store cannot be used, and why.
+    Outage(&'static str),
 }
 
 impl Worker {
@@ -139,8 +140,8 @@ impl Worker {
             match next? {
                 Next::Job(None) => return Ok(()),
                 Next::Job(Some((delivery, slot))) => core.start(*delivery, slot, stop, jobs).await,
-                Next::Outage => {
-                    self.source.pause("the store does not answer").await;
+                Next::Outage(reason) => {
+                    self.source.pause(reason).await;
                     let over = core.store_is_back();
                     let Some(()) = core.meanwhile(over, stop, jobs).await? else { return Ok(()) };
                 }
@@ -163,7 +164,7 @@ impl Worker {
         let idle = places(slots, self.core.places() - 1);
         tokio::select! {
             biased;
-            () = self.core.store_is_away() => Ok(Next::Outage),
+            reason = self.core.store_is_away() => Ok(Next::Outage(reason)),
             () = suspects.due(idle) => Ok(Next::Suspects),
             delivery = self.source.receive() => {
                 Ok(Next::Job(delivery?.map(|delivery| (Box::new(delivery), slot))))
@@ -195,7 +196,7 @@ impl Worker {
             return Ok(Some(()));
         };
         let end = Instant::now() + turns::STRETCH;
-        while Instant::now() < end {
+        while Instant::now() < end && !core.store_is_out() {
             let suspect = self.source.receive_suspect();
             let Some(suspect) = core.meanwhile(suspect, stop, jobs).await? else { return Ok(None) };
             let Some(delivery) = suspect? else {
@@ -257,11 +258,15 @@ impl Core {
         u32::try_from(self.options.jobs_in_flight.max(1)).unwrap_or(u32::MAX)
     }
 
-    async fn store_is_away(&self) {
+    async fn store_is_away(&self) -> &'static str {
         match self.pipeline.outage() {
             Some(outage) => outage.began().await,
             None => std::future::pending().await,
         }
+    }
+
+    fn store_is_out(&self) -> bool {
+        self.pipeline.outage().is_some_and(Outage::is_on)
     }
 
     async fn store_is_back(&self) {

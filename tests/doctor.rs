@@ -333,7 +333,7 @@ async fn a_wrong_secret_of_the_store_is_found() {
     let report = world.broken();
     let bucket = format!("bucket {}", world.bucket.name);
     let bucket = ("store", bucket.as_str());
-    told(&report, bucket, "problem", "does not take the credentials", "AWS_SECRET_ACCESS_KEY");
+    told(&report, bucket, "problem", "rejected the credentials", "AWS_SECRET_ACCESS_KEY");
     told(&report, ("class sets", "classes.root"), "problem", "403", "the store's section");
     told(&report, ("broker", "login"), "ok", "guest:***@", "");
 }

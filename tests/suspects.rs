@@ -92,7 +92,7 @@ async fn child() {
         concurrency: 8,
         ..S3Options::default()
     };
-    let images = S3Images::new(s3::client(&store).await.unwrap(), &store);
+    let images = S3Images::new(s3::Clients::new(&store).await.unwrap(), &store);
     let policy = BatchPolicy { max_batch: 8, linger: Duration::from_millis(20) };
     let embedder: Box<dyn Embedder> = Box::new(Deadly(FakeEmbedder::new(3)));
     let engine = Engine::start(vec![embedder], policy, (1, 1), Scorer::default()).unwrap();

@@ -9,6 +9,7 @@ use prometheus::{Counter, Gauge, GaugeVec, IntCounterVec, Opts, Registry, TextEn
 
 use super::{Shown, locked, process};
 use crate::control::SetStatus;
+use crate::outage::Cause;
 
 /// Sets that are named; all others count together, so that jobs cannot make up labels without end.
 const NAMED: usize = 100;
@@ -49,13 +50,20 @@ fn looked_at(shown: &Shown) -> prometheus::Result<Registry> {
     let look = Look(Registry::new());
     let readiness = &shown.readiness;
     let state = |is: bool| f64::from(u8::from(is));
+    let trouble = readiness.store_trouble();
     for (name, help, value) in [
         ("angler_ready", "1 while /readyz is green.", readiness.missing().is_none()),
         ("angler_stalled", "1 while /livez is red.", readiness.stalled().is_some()),
         ("angler_broker_blocked", "1 while the broker takes no results.", readiness.is_blocked()),
-        ("angler_store_away", "1 while the store does not answer.", readiness.store_is_away()),
+        ("angler_store_away", "1 while the store cannot be used.", trouble.is_some()),
     ] {
         look.gauge(name, help, state(value))?;
+    }
+    let help = "1 for the cause for which the store cannot be used.";
+    let outage = look.kept(GaugeVec::new(Opts::new("angler_store_outage", help), &["cause"]))?;
+    for cause in Cause::ALL {
+        let is = trouble.as_ref().is_some_and(|trouble| trouble.cause == cause);
+        outage.get_metric_with_label_values(&[cause.as_str()])?.set(state(is));
     }
     if let Some(connected) = readiness.connected() {
         let help = "1 while the connection that jobs come over is there.";

@@ -4,33 +4,27 @@
 //! read without a HEAD first; the size is in the answer's header, and the body is read only once
 //! it has its share of the byte budget. Class sets live in `objects`.
 
+mod answers;
+mod client;
 mod objects;
 pub mod probe;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::Instant;
 
 use async_trait::async_trait;
-use aws_config::environment::EnvironmentVariableRegionProvider;
-use aws_config::meta::region::RegionProviderChain;
-use aws_sdk_s3::Client;
-use aws_sdk_s3::config::retry::RetryConfig;
-use aws_sdk_s3::config::timeout::TimeoutConfig;
-use aws_sdk_s3::config::{BehaviorVersion, Region, SharedHttpClient};
-use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::error::{DisplayErrorContext, SdkError};
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
-use aws_smithy_http_client::proxy::ProxyConfig;
-use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
-use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
-use aws_smithy_http_client::{Builder, ConnectorBuilder};
 use bytes::BytesMut;
 use tokio::sync::Semaphore;
 
+pub(crate) use self::answers::brief;
+use self::answers::image_error;
+pub use self::client::Clients;
 pub use self::objects::S3Objects;
 use super::{ByteBudget, Fetched, ImageStore};
-use crate::error::{ImageError, ImageErrorCode};
-use crate::tls::{STORE, TlsError, system_has_authorities};
+use crate::error::{ImageError, ImageErrorCode, StoreFault};
 
 /// How to reach the store: `[s3]`.
 #[derive(Debug, Clone, Default)]
@@ -81,77 +75,19 @@ impl S3Uri {
     }
 }
 
-/// A client that reconnects, retries and times out on its own.
-///
-/// Throttling and 5xx answers are tried again with a short backoff, three times in all, before an
-/// error reaches the caller, which knows how long there is to wait.
-///
-/// # Errors
-/// If `ca_file` cannot be used.
-pub async fn client(options: &S3Options) -> Result<Client, TlsError> {
-    let chain = RegionProviderChain::first_try(options.region.clone().map(Region::new));
-    // Another server than AWS's has no instance metadata to ask, and asking takes seconds.
-    let chain = match options.endpoint {
-        Some(_) => chain.or_else(EnvironmentVariableRegionProvider::new()),
-        None => chain.or_default_provider(),
-    };
-    let chain = chain.or_else(Region::from_static("us-east-1"));
-    let timeouts = TimeoutConfig::builder()
-        .connect_timeout(Duration::from_secs(5))
-        .read_timeout(Duration::from_secs(20))
-        .operation_timeout(Duration::from_secs(60))
-        .build();
-    let retries = RetryConfig::standard()
-        .with_max_attempts(3)
-        .with_initial_backoff(Duration::from_millis(200));
-    let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12());
-    if let Some(path) = &options.ca_file {
-        // For whoever hands out credentials as well.
-        loader = loader.http_client(http_client(path)?);
-    }
-    let shared = loader.region(chain).timeout_config(timeouts).retry_config(retries).load().await;
-    let mut config =
-        aws_sdk_s3::config::Builder::from(&shared).force_path_style(options.path_style);
-    if let Some(endpoint) = &options.endpoint {
-        config = config.endpoint_url(endpoint);
-    }
-    Ok(Client::from_conf(config.build()))
-}
-
-/// The SDK's own HTTP client, proxies from the environment included, with more authorities.
-fn http_client(ca_file: &Path) -> Result<SharedHttpClient, TlsError> {
-    // Checked here: the client panics at what it cannot read.
-    let (pem, _) = STORE.authorities(ca_file)?;
-    let trusted =
-        TrustStore::empty().with_native_roots(system_has_authorities()).with_pem_certificate(pem);
-    let context = TlsContext::builder().with_trust_store(trusted).build();
-    let context = context.map_err(|e| STORE.refused(ca_file, &e.to_string()))?;
-    Ok(Builder::new().build_with_connector_fn(move |settings, components| {
-        let mut connector = ConnectorBuilder::default()
-            .tls_provider(Provider::Rustls(CryptoMode::AwsLc))
-            .tls_context(context.clone())
-            .proxy_config(ProxyConfig::from_env());
-        connector.set_connector_settings(settings.cloned());
-        if let Some(components) = components {
-            connector.set_sleep_impl(components.sleep_impl());
-        }
-        connector.build()
-    }))
-}
-
 /// Images in S3.
 #[derive(Clone)]
 pub struct S3Images {
-    client: Client,
+    clients: Clients,
     allowed_buckets: Arc<[String]>,
     requests: Arc<Semaphore>,
 }
 
 impl S3Images {
-    /// Images through `client`, within what `options` allow.
-    pub fn new(client: Client, options: &S3Options) -> Self {
+    /// Images through `clients`, within what `options` allow.
+    pub fn new(clients: impl Into<Clients>, options: &S3Options) -> Self {
         Self {
-            client,
+            clients: clients.into(),
             allowed_buckets: options.allowed_buckets.clone().into(),
             requests: Arc::new(Semaphore::new(options.concurrency.max(1))),
         }
@@ -180,13 +116,9 @@ impl S3Images {
         prefix: &S3Uri,
         mut seen: impl FnMut(Vec<String>) -> bool,
     ) -> Result<(), ImageError> {
-        let mut pages = self
-            .client
-            .list_objects_v2()
-            .bucket(&prefix.bucket)
-            .prefix(&prefix.key)
-            .into_paginator()
-            .send();
+        let list = self.clients.get().list_objects_v2();
+        let list = list.bucket(&prefix.bucket).prefix(&prefix.key);
+        let mut pages = list.into_paginator().send();
         while let Some(page) = pages.next().await {
             let page = page.map_err(|e| image_error(&e, &prefix.bucket, &prefix.key))?;
             let keys = page.contents().iter().filter_map(|object| object.key());
@@ -201,15 +133,35 @@ impl S3Images {
     }
 }
 
+/// A key without a character that signatures could go wrong over. It need not exist.
+const PLAIN_KEY: &str = "angler-probe";
+
+impl S3Images {
+    /// Asks for the object's first byte. That it has none, or is archived, is an answer.
+    async fn touch(&self, bucket: &str, key: &str) -> Result<(), ImageError> {
+        let asked = Instant::now();
+        let get = self.clients.get().get_object().bucket(bucket).key(key).range("bytes=0-0");
+        match self.clients.checked(asked, get.send().await).await {
+            Err(SdkError::ServiceError(e)) if e.raw().status().as_u16() == 416 => Ok(()),
+            Err(SdkError::ServiceError(e)) if e.err().is_invalid_object_state() => Ok(()),
+            answer => answer.map(drop).map_err(|e| image_error(&e, bucket, key)),
+        }
+    }
+}
+
+fn parsed(uri: &str) -> Result<S3Uri, ImageError> {
+    let bad = |reason| ImageError::new(ImageErrorCode::BadUri, reason);
+    let parsed = S3Uri::parse(uri).map_err(bad)?;
+    if parsed.key.is_empty() {
+        return Err(bad(format!("{uri:?} names a bucket but no key")));
+    }
+    Ok(parsed)
+}
+
 #[async_trait]
 impl ImageStore for S3Images {
     async fn fetch(&self, uri: &str, budget: &ByteBudget) -> Result<Fetched, ImageError> {
-        let S3Uri { bucket, key } =
-            S3Uri::parse(uri).map_err(|e| ImageError::new(ImageErrorCode::BadUri, e))?;
-        if key.is_empty() {
-            let message = format!("{uri:?} names a bucket but no key");
-            return Err(ImageError::new(ImageErrorCode::BadUri, message));
-        }
+        let S3Uri { bucket, key } = parsed(uri)?;
         if !self.allowed_buckets.is_empty() && !self.allowed_buckets.contains(&bucket) {
             return Err(ImageError::new(
                 ImageErrorCode::BucketNotAllowed,
@@ -219,9 +171,24 @@ impl ImageStore for S3Images {
         let _turn = self.requests.acquire().await.map_err(|_| {
             ImageError::new(ImageErrorCode::Internal, "the store's request limit was closed")
         })?;
-        let object = self.client.get_object().bucket(&bucket).key(&key).send().await;
-        let object = object.map_err(|e| image_error(&e, &bucket, &key))?;
-        read_body(object, budget).await
+        let asked = Instant::now();
+        let object = self.clients.get().get_object().bucket(&bucket).key(&key).send().await;
+        let object = self.clients.checked(asked, object).await;
+        read_body(object.map_err(|e| image_error(&e, &bucket, &key))?, budget).await
+    }
+
+    async fn probe(&self, uri: &str, _: &ByteBudget) -> Result<(), ImageError> {
+        let S3Uri { bucket, key } = parsed(uri)?;
+        let answer = self.touch(&bucket, &key).await;
+        if !answer.as_ref().is_err_and(|e| e.fault == StoreFault::Credentials) {
+            return answer;
+        }
+        // Some servers and proxies get the signature of an unusual key wrong: only if a plain key
+        // fails as well are the credentials to blame.
+        match self.touch(&bucket, PLAIN_KEY).await {
+            Err(error) if error.fault == StoreFault::Credentials => Err(error),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -249,57 +216,6 @@ async fn read_body(object: GetObjectOutput, budget: &ByteBudget) -> Result<Fetch
         bytes.extend_from_slice(&chunk);
     }
     Ok(Fetched { bytes: bytes.freeze(), permit })
-}
-
-/// What an S3 error means for an image. Status and error codes:
-/// <https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html>.
-fn image_error<E>(
-    error: &SdkError<E, aws_sdk_s3::config::http::HttpResponse>,
-    bucket: &str,
-    key: &str,
-) -> ImageError
-where
-    E: ProvideErrorMetadata + std::error::Error + 'static,
-{
-    use ImageErrorCode as Code;
-    let SdkError::ServiceError(answer) = error else {
-        // Refused connections, timeouts, missing credentials: nothing that is the image's fault.
-        return ImageError::new(
-            Code::StorageUnavailable,
-            format!("bucket {bucket} cannot be reached: {}", brief(error)),
-        );
-    };
-    let status = answer.raw().status().as_u16();
-    let code = answer.err().code().unwrap_or("no error code");
-    match (status, code) {
-        (_, "NoSuchBucket") => ImageError::new(Code::NotFound, format!("no such bucket: {bucket}")),
-        (404, _) | (_, "NoSuchKey") => {
-            ImageError::new(Code::NotFound, format!("no such key in bucket {bucket}"))
-        }
-        (401 | 403, _) => ImageError::new(
-            Code::AccessDenied,
-            format!("the store refused s3://{bucket}/{key} ({status} {code})"),
-        ),
-        (400, "KeyTooLongError" | "InvalidURI" | "InvalidBucketName") => {
-            ImageError::new(Code::BadUri, format!("s3://{bucket}/{key}: {code}"))
-        }
-        _ => ImageError::new(
-            Code::StorageUnavailable,
-            format!("the store answered {status} {code} for s3://{bucket}/{key}"),
-        ),
-    }
-}
-
-/// The innermost cause: the outer layers only say that a request failed.
-pub(crate) fn brief(error: &(dyn std::error::Error + 'static)) -> String {
-    if let Some(sentence) = STORE.explain(error) {
-        return sentence;
-    }
-    let mut cause = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    cause.to_string()
 }
 
 #[cfg(test)]

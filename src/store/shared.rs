@@ -101,6 +101,11 @@ impl ImageStore for SharedImages {
         let request = self.join(uri, budget);
         request.await
     }
+
+    /// Never shared: a flight under way may have been admitted before the credentials changed.
+    async fn probe(&self, uri: &str, budget: &ByteBudget) -> Result<(), ImageError> {
+        self.store.probe(uri, budget).await
+    }
 }
 
 impl Flights {

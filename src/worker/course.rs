@@ -11,10 +11,11 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::Core;
 use super::underway::Underway;
-use crate::classes::ClassVectors;
-use crate::classes::Opinion;
+use crate::classes::{ClassVectors, ClassesError, Opinion};
 use crate::engine::{Scored, SubmitError, Want};
-use crate::error::{Failure, FailureCode, FatalError, ImageError, ImageErrorCode, JobError};
+use crate::error::{
+    Failure, FailureCode, FatalError, ImageError, ImageErrorCode, JobError, StoreFault,
+};
 use crate::job::{Embedding, ImageEntry, ImageRef, Job, JobResult, Outcome, Provenance, Verdict};
 use crate::metrics::Stage;
 use crate::outage::Outage;
@@ -132,7 +133,11 @@ impl Core {
             let reason = format!("run {} was cancelled", run.id);
             return Err(Failure::new(FailureCode::Cancelled, reason).into());
         }
-        Ok(self.catalog.resolve(&job.classes).await?)
+        let classes = self.catalog.resolve(&job.classes).await;
+        if matches!(classes, Err(ClassesError::Unavailable(_))) {
+            self.pipeline.suspect_store().await;
+        }
+        Ok(classes?)
     }
 
     /// A place for an image among those in flight, and among the `few` of a suspect.
@@ -288,7 +293,7 @@ impl Core {
         let _step = underway.step("collect");
         let Admitted { classes, candidate, deadline, images } = admitted;
         let mut entries = Vec::with_capacity(images.len());
-        let (mut failed, mut transient) = (0, Vec::new());
+        let mut failed = 0;
         let mut images = images.into_iter();
         for ImageRef { uri, id } in std::mem::take(&mut job.images) {
             let outcome = match images.next() {
@@ -313,29 +318,55 @@ impl Core {
                     let code = &error.code;
                     tracing::debug!(job = job.id, run, trace_id, uri, %code, "image failed: {error}");
                     self.metrics().image_failed(&job.id, &uri, &error);
-                    if error.is_transient() {
-                        transient.push(error.message.clone());
-                    }
                     Verdict::Failed { error }
                 }
             };
             entries.push(ImageEntry { uri, id, verdict });
         }
         underway.scored(&classes.id(), failed);
-        // The store may be back later. After the last attempt, what can be said is said, unless
-        // that is nothing at all.
-        if let Some(error) = transient.first() {
-            let again = self.options.retry.delay_after(attempt).is_some();
-            if again || transient.len() == entries.len() {
-                return Err(JobError::transient(error.as_str()));
-            }
-        }
+        self.tell_unless_transient(&mut entries, attempt).await?;
         let provenance = Provenance {
             classes: classes.id(),
             model: self.options.model.clone(),
             backend: self.backend().as_str().to_owned(),
         };
         Ok(Outcome::Done { provenance, images: entries })
+    }
+
+    /// Decides whether the outcomes are told now. Those of an outage are nothing to tell; the store
+    /// may be back later; and after the last attempt, what can be said is said, unless that is
+    /// nothing at all.
+    async fn tell_unless_transient(
+        &self,
+        entries: &mut [ImageEntry],
+        attempt: u32,
+    ) -> Result<(), JobError> {
+        let images = entries.len();
+        let mut errors: Vec<&mut ImageError> = entries
+            .iter_mut()
+            .filter_map(|entry| match &mut entry.verdict {
+                Verdict::Failed { error } if error.is_transient() => Some(error),
+                _ => None,
+            })
+            .collect();
+        // By now an image may have been read, and then a denial can be told from a missing grant.
+        if let Some(denied) = errors.iter().find(|e| e.fault == StoreFault::Unconfirmed) {
+            let fault = self.pipeline.explain((**denied).clone()).await.fault;
+            let unconfirmed = errors.iter_mut().filter(|e| e.fault == StoreFault::Unconfirmed);
+            unconfirmed.for_each(|e| e.fault = fault);
+            errors.retain(|e| e.is_transient());
+        }
+        if errors.iter().any(|e| e.fault == StoreFault::Outage) {
+            return Err(JobError::Abandoned("the store cannot be used"));
+        }
+        let Some(first) = errors.first() else { return Ok(()) };
+        let again = self.options.retry.delay_after(attempt).is_some();
+        let unavailable = |e: &&mut ImageError| e.code == ImageErrorCode::StorageUnavailable;
+        let nothing_known = errors.len() == images && errors.iter().all(unavailable);
+        if again || nothing_known {
+            return Err(JobError::transient(first.message.as_str()));
+        }
+        Ok(())
     }
 
     async fn image_outcome(

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use angler::error::ImageErrorCode;
+use angler::error::{ImageErrorCode, StoreFault};
 use angler::store::local::LocalImages;
 use angler::store::s3::{S3Images, S3Options};
 use angler::store::shared::SharedImages;
@@ -432,8 +432,32 @@ async fn credentials_that_may_not_read_a_bucket_are_denied() {
     let error = store.fetch(&uri, &budget).await.unwrap_err();
     assert_eq!(error.code, ImageErrorCode::AccessDenied, "{error}");
     assert_eq!(store.fetch(&open, &budget).await.unwrap().bytes, "b");
-    let client = s3_client("nobody", "nothing");
-    let store = S3Images::new(client, &S3Options { concurrency: 1, ..S3Options::default() });
-    let error = store.fetch(&uri, &budget).await.unwrap_err();
-    assert_eq!(error.code, ImageErrorCode::AccessDenied, "{error}");
+    assert_eq!(store.probe(&uri, &budget).await.unwrap_err().code, ImageErrorCode::AccessDenied);
+    let missing = format!("s3://public/{name}-missing");
+    assert_eq!(store.probe(&missing, &budget).await.unwrap_err().code, ImageErrorCode::NotFound);
+    let empty = public.put(&unique("conformance"), "").await;
+    for uri in [&open, &empty] {
+        store.probe(uri, &budget).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn credentials_that_the_store_does_not_know_are_not_the_images_fault() {
+    let world = S3::new().await;
+    let uri = world.put("a", b"a").await;
+    for (client, code) in [
+        (s3_client("nobody", "nothing"), "403 InvalidAccessKeyId"),
+        (s3_client(&var("ANGLER_TEST_S3_KEY"), "wrong"), "403 SignatureDoesNotMatch"),
+    ] {
+        let store = S3Images::new(client, &S3Options { concurrency: 1, ..S3Options::default() });
+        let budget = budget(10);
+        for error in [
+            store.fetch(&uri, &budget).await.unwrap_err(),
+            store.probe(&uri, &budget).await.unwrap_err(),
+        ] {
+            let told = (error.code, error.fault);
+            assert_eq!(told, (ImageErrorCode::StorageUnavailable, StoreFault::Credentials));
+            assert!(error.is_transient() && error.message.contains(code), "{error}");
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use angler::error::{ImageError, ImageErrorCode};
+use angler::error::{ImageError, ImageErrorCode, StoreFault};
 use angler::store::s3::probe::{ConditionalWrite, Probe, Refusal};
 use angler::store::s3::{S3Images, S3Objects, S3Options, S3Uri};
 use angler::store::{
@@ -175,6 +175,62 @@ async fn a_refusal_is_not_asked_again() {
         let error = fetched.unwrap_err();
         assert_eq!((error.code, requests), (code, 1), "{status}: {error}");
     }
+}
+
+#[tokio::test]
+async fn answers_that_reject_the_credentials_are_told_from_those_that_deny_one_object() {
+    use ImageErrorCode::{AccessDenied, StorageUnavailable};
+    use StoreFault::{Credentials, None};
+    for (status, code, told) in [
+        ("403 Forbidden", "InvalidAccessKeyId", (StorageUnavailable, Credentials)),
+        ("403 Forbidden", "SignatureDoesNotMatch", (StorageUnavailable, Credentials)),
+        ("403 Forbidden", "RequestTimeTooSkewed", (StorageUnavailable, Credentials)),
+        ("400 Bad Request", "ExpiredToken", (StorageUnavailable, Credentials)),
+        ("400 Bad Request", "InvalidToken", (StorageUnavailable, Credentials)),
+        ("400 Bad Request", "TokenRefreshRequired", (StorageUnavailable, Credentials)),
+        ("403 Forbidden", "InvalidTokenId", (StorageUnavailable, Credentials)),
+        ("403 Forbidden", "InvalidSecurity", (StorageUnavailable, Credentials)),
+        ("403 Forbidden", "NotSignedUp", (StorageUnavailable, Credentials)),
+        ("403 Forbidden", "AccountProblem", (StorageUnavailable, Credentials)),
+        ("403 Forbidden", "UserSuspended", (StorageUnavailable, Credentials)),
+        ("401 Unauthorized", "Unauthorized", (StorageUnavailable, Credentials)),
+        // The region of one bucket, or a key that is no key.
+        ("400 Bad Request", "AuthorizationHeaderMalformed", (StorageUnavailable, None)),
+        ("403 Forbidden", "AccessDenied", (AccessDenied, None)),
+        ("403 Forbidden", "AllAccessDisabled", (AccessDenied, None)),
+        ("403 Forbidden", "InvalidObjectState", (AccessDenied, None)),
+    ] {
+        let (fetched, _) = fetch(refusal(status, code), true).await;
+        let error = fetched.unwrap_err();
+        assert_eq!((error.code, error.fault), told, "{code}: {error}");
+        assert!(error.message.contains(code), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_key_whose_signature_goes_wrong_does_not_speak_for_the_credentials() {
+    let wrong = || refusal("403 Forbidden", "SignatureDoesNotMatch");
+    let missing = refusal("404 Not Found", "NoSuchKey");
+    let denied = refusal("403 Forbidden", "AccessDenied");
+    for (answers, credentials) in [
+        (vec![wrong(), missing], false),
+        (vec![wrong(), denied], false),
+        (vec![wrong(), wrong()], true),
+    ] {
+        let server = Server::script(answers, true).await;
+        let budget = ByteBudget::new(0, LIMIT);
+        let probed = soon("an answer", store(&server.url).probe("s3://b/k+", &budget)).await;
+        assert_eq!(probed.is_err_and(|e| e.fault == StoreFault::Credentials), credentials);
+        assert!(server.heads.lock().unwrap()[1].starts_with("GET /b/angler-probe"));
+    }
+}
+
+#[tokio::test]
+async fn an_archived_object_is_an_answer_to_a_probe() {
+    let server = Server::new(refusal("403 Forbidden", "InvalidObjectState"), true).await;
+    let budget = ByteBudget::new(0, LIMIT);
+    soon("an answer", store(&server.url).probe("s3://b/k", &budget)).await.unwrap();
+    assert!(server.heads.lock().unwrap()[0].contains("\r\nrange: bytes=0-0"));
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@
 mod support;
 
 mod broker;
+mod credentials;
 mod ledger;
 mod proxy;
 mod publish;

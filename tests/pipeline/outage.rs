@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use angler::error::{ImageError, ImageErrorCode};
 use angler::outage::Outage;
+use angler::retry::RetrySchedule;
 use angler::source::Settlement;
 use tokio::time::sleep;
 
@@ -57,4 +59,73 @@ async fn a_fault_that_passes_at_once_costs_no_attempt() {
     run.store.away.store(false, Ordering::SeqCst);
     let result = run.only_result().await;
     assert_eq!((result.attempt, verdicts(&result)), (1, vec!["red".to_owned()]));
+}
+
+/// A store that refuses everything in the middle of a job; after it was read from, if that matters.
+async fn a_refusal_in_the_middle(refusal: ImageError) {
+    let _clock = ticking();
+    let outage = Arc::new(Outage::default());
+    let mut rig = Rig::default();
+    rig.outage = Some(Arc::clone(&outage));
+    rig.options.retry = RetrySchedule::never();
+    let mut run = rig.start();
+    run.job("before", &["9,0,0"]);
+    until("a job is done", || run.sink.ids().len() == 1).await;
+    run.store.gate.shut();
+    run.job("meanwhile", &["9,0,0", "0,9,0", "0,0,9"]);
+    until("it is under way", || run.store.fetching.now() == 3).await;
+    run.store.gate.let_pass(1);
+    until("an image is fetched", || run.store.fetching.now() == 2).await;
+    *run.store.refusal.lock().unwrap() = Some(refusal);
+    run.store.gate.open();
+    outage.began().await;
+    // It is mended before the job would have been told.
+    *run.store.refusal.lock().unwrap() = None;
+    run.finished().await;
+    let given_back = [("meanwhile".to_owned(), Settlement::Requeue)];
+    assert!(
+        given_back.iter().all(|settled| run.settled().contains(settled)),
+        "{:?}",
+        run.settled()
+    );
+    let result = run.result("meanwhile");
+    assert_eq!((result.attempt, verdicts(&result)), (1, verdicts_of(["red", "green", "blue"])));
+}
+
+fn verdicts_of(labels: [&str; 3]) -> Vec<String> {
+    labels.map(str::to_owned).to_vec()
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_image_of_an_outage_is_told_even_at_the_last_attempt() {
+    a_refusal_in_the_middle(ImageError::credentials("as told")).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_denial_of_everything_is_told() {
+    a_refusal_in_the_middle(ImageError::new(ImageErrorCode::AccessDenied, "as told")).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_denial_is_told_at_once_if_an_image_of_the_job_could_be_read() {
+    let _clock = ticking();
+    let mut rig = Rig::default();
+    rig.outage = Some(Arc::default());
+    let mut run = rig.start();
+    run.job("a", &["access_denied", "9,0,0+200ms"]);
+    let result = run.only_result().await;
+    assert_eq!(result.attempt, 1);
+    assert_eq!(verdicts(&result), ["access_denied", "red"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_denial_while_nothing_was_ever_read_is_told_after_the_last_attempt() {
+    let _clock = ticking();
+    let mut rig = Rig::default();
+    rig.outage = Some(Arc::default());
+    let mut run = rig.start();
+    run.job("a", &["access_denied", "access_denied"]);
+    let result = run.only_result().await;
+    assert_eq!(result.attempt, 3);
+    assert_eq!(verdicts(&result), ["access_denied"; 2]);
 }

@@ -160,6 +160,8 @@ pub struct TestStore {
     pub gate: Gate,
     /// Whether it answers nothing but `storage_unavailable`.
     pub away: AtomicBool,
+    /// What it answers to everything, if anything.
+    pub refusal: Mutex<Option<ImageError>>,
 }
 
 #[async_trait]
@@ -169,6 +171,9 @@ impl ImageStore for TestStore {
         self.gate.pass().await;
         if self.away.load(Ordering::SeqCst) {
             return Err(ImageError::new(ImageErrorCode::StorageUnavailable, "away, as told"));
+        }
+        if let Some(error) = self.refusal.lock().unwrap().clone() {
+            return Err(error);
         }
         let (what, delay) = uri.split_once('+').unwrap_or((uri, "0ms"));
         tokio::time::sleep(humantime::parse_duration(delay).unwrap()).await;

@@ -50,7 +50,7 @@ impl Remote {
     /// # Errors
     /// If `s3.ca_file` cannot be used.
     pub(super) async fn new(settings: Settings, bucket: S3Uri, queues: bool) -> Result<Self> {
-        let client = s3::client(&settings.s3_options()).await?;
+        let client = s3::Clients::new(&settings.s3_options()).await?.get();
         let folder = bucket.key.trim_end_matches('/');
         let slash = if folder.is_empty() { "" } else { "/" };
         let key = format!("{folder}{slash}angler-bench-{:016x}/", fastrand::u64(..));

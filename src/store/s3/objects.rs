@@ -5,10 +5,9 @@
 //! the object is ours. So the client's own retries are off for writes, and a writer that got no
 //! answer reads the object back: if it is byte for byte what was sent, the write took place.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
-use aws_sdk_s3::Client;
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
@@ -19,7 +18,7 @@ use aws_sdk_s3::types::Object as Entry;
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::{StreamExt, stream};
 
-use super::{S3Uri, brief};
+use super::{Clients, S3Uri, brief};
 use crate::store::{ETag, Got, Listed, Object, ObjectError, ObjectStore};
 
 /// Bytes a second (2 Mbit/s) that an upload makes at least; slower ones are given up.
@@ -28,7 +27,7 @@ const SLOWEST_UPLOAD: u64 = 256 << 10;
 /// Class sets under a bucket's prefix.
 #[derive(Clone)]
 pub struct S3Objects {
-    client: Client,
+    clients: Clients,
     root: S3Uri,
 }
 
@@ -53,11 +52,11 @@ enum Put {
 
 impl S3Objects {
     /// Objects under `root`, with or without a slash at its end.
-    pub fn new(client: Client, mut root: S3Uri) -> Self {
+    pub fn new(clients: impl Into<Clients>, mut root: S3Uri) -> Self {
         if !root.key.is_empty() && !root.key.ends_with('/') {
             root.key.push('/');
         }
-        Self { client, root }
+        Self { clients: clients.into(), root }
     }
 
     fn key(&self, key: &str) -> String {
@@ -65,13 +64,10 @@ impl S3Objects {
     }
 
     async fn find(&self, key: &str, known: Option<&ETag>) -> Result<Found, ObjectError> {
-        let request = self
-            .client
-            .get_object()
-            .bucket(&self.root.bucket)
-            .key(self.key(key))
-            .set_if_none_match(known.map(|etag| etag.0.clone()));
-        match request.send().await {
+        let asked = Instant::now();
+        let get = self.clients.get().get_object().bucket(&self.root.bucket).key(self.key(key));
+        let request = get.set_if_none_match(known.map(|etag| etag.0.clone()));
+        match self.clients.checked(asked, request.send().await).await {
             Ok(object) => Ok(Found::Object(Box::new(object))),
             // The client takes every answer but 2xx for an error.
             Err(SdkError::ServiceError(e))
@@ -94,7 +90,8 @@ impl S3Objects {
         expected: Option<&ETag>,
     ) -> Result<Put, ObjectError> {
         let request = self
-            .client
+            .clients
+            .get()
             .put_object()
             .bucket(&self.root.bucket)
             .key(self.key(key))
@@ -258,7 +255,8 @@ impl ObjectStore for S3Objects {
             prefix.push('/');
         }
         let mut pages = self
-            .client
+            .clients
+            .get()
             .list_objects_v2()
             .bucket(&self.root.bucket)
             .prefix(&prefix)

@@ -7,7 +7,7 @@ use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
 
-use super::brief;
+use super::answers::{brief, no_credentials, rejects_credentials};
 
 /// Why a question has no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -19,7 +19,7 @@ pub enum Refusal {
     #[error("there are no credentials: {0}")]
     NoCredentials(String),
     /// The store does not know them, or they do not fit.
-    #[error("the store does not take the credentials: {0}")]
+    #[error("the store rejected the credentials: {0}")]
     WrongCredentials(String),
     /// Good credentials that may not do this.
     #[error("the credentials may not do this: {0}")]
@@ -158,11 +158,9 @@ where
     E: ProvideErrorMetadata + std::error::Error + 'static,
 {
     let SdkError::ServiceError(answer) = error else {
-        let cause = brief(error);
-        // The client looks for credentials before it connects. Their errors' types are not public.
-        return match cause.contains("credential") {
-            true => Refusal::NoCredentials(cause),
-            false => Refusal::Unreachable(cause),
+        return match no_credentials(error) {
+            Some(cause) => Refusal::NoCredentials(cause),
+            None => Refusal::Unreachable(brief(error)),
         };
     };
     let status = answer.raw().status().as_u16();
@@ -170,16 +168,7 @@ where
     let said = format!("{status} {code}");
     match (status, code) {
         (_, "NoSuchBucket") => Refusal::NoBucket,
-        (
-            _,
-            "InvalidAccessKeyId"
-            | "SignatureDoesNotMatch"
-            | "ExpiredToken"
-            | "InvalidToken"
-            | "TokenRefreshRequired"
-            | "RequestTimeTooSkewed"
-            | "UnrecognizedClientException",
-        ) => Refusal::WrongCredentials(said),
+        _ if rejects_credentials(status, code) => Refusal::WrongCredentials(said),
         (301 | 307, _)
         | (
             _,
@@ -187,7 +176,7 @@ where
             | "AuthorizationHeaderMalformed"
             | "IllegalLocationConstraintException",
         ) => Refusal::Elsewhere(said),
-        (401 | 403, _) => Refusal::Denied(said),
+        (403, _) => Refusal::Denied(said),
         _ => Refusal::Other(said),
     }
 }
