@@ -78,3 +78,24 @@ pub async fn look_at(connection: &Connection, queue: &str) -> Result<Option<Queu
         Err(error) => Err(error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lapin::ErrorKind;
+    use lapin::protocol::AMQPError;
+
+    use super::*;
+
+    #[test]
+    fn a_queue_whose_node_is_down_is_not_missing() {
+        let not_found = |words: &str| {
+            let error = AMQPError::new(AMQPSoftError::NOTFOUND.into(), words.into());
+            AmqpError::Broker(ErrorKind::ProtocolError(error).into())
+        };
+        assert!(is_missing(&not_found("NOT_FOUND - no queue 'angler.jobs' in vhost '/'")));
+        assert!(!is_missing(&not_found(
+            "NOT_FOUND - home node 'rabbit@b' of durable queue 'q' in vhost '/' is down or inaccessible"
+        )));
+        assert!(!is_missing(&AmqpError::Silent(15)));
+    }
+}

@@ -114,10 +114,13 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
             self.tell(&mark, progress);
             return Ok(());
         }
-        self.list(connection, &mark).await?;
         let queues = mark.queues(first);
         let jobs = confirming(connection).await?;
-        queues.declare_results(&jobs).await?;
+        // Once all jobs are sent, the results may have been collected and their queue deleted.
+        if self.unsent.as_ref().is_some_and(|unsent| !unsent.is_done()) {
+            self.list(connection, &mark).await?;
+            queues.declare_results(&jobs).await?;
+        }
         self.tell(&mark, progress);
         let mut link = Link {
             connection,
