@@ -4,11 +4,14 @@
 
 mod support;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
+use angler::amqp::AmqpOptions;
+use angler::amqp::pass::Pass;
 use lapin::BasicProperties;
-use lapin::options::{BasicGetOptions, BasicNackOptions, QueueDeclareOptions};
+use lapin::message::Delivery;
+use lapin::options::{BasicGetOptions, BasicNackOptions, BasicPublishOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};
 use support::{Broker, Bucket, Client, Received, Setup, eventually, fashion_classes, files};
@@ -73,6 +76,45 @@ impl World {
         self.depth("angler.dead", count as u64).await;
         drop(worker);
         self.depth("angler.jobs", 0).await;
+    }
+
+    /// Puts jobs among the dead letters: `junk/0`, `junk/1`, …
+    async fn letters(&self, count: usize) {
+        let mut arguments = header("x-queue-type", "quorum");
+        let never = AMQPValue::LongLongInt(1_000_000_000);
+        arguments.insert("x-delivery-limit".into(), never);
+        let (queue, durable) = ("angler.dead", QueueDeclareOptions::durable());
+        self.client.channel.queue_declare(queue.into(), durable, arguments).await.unwrap();
+        let mut waiting = VecDeque::new();
+        for number in 0..count {
+            let body = json!({"id": format!("junk/{number}")}).to_string();
+            let options = BasicPublishOptions::default();
+            let persistent = BasicProperties::default().with_delivery_mode(2);
+            let publishing = self.client.channel.basic_publish(
+                "".into(),
+                queue.into(),
+                options,
+                body.as_bytes(),
+                persistent,
+            );
+            waiting.push_back(publishing.await.unwrap());
+            if waiting.len() > 1_000 {
+                assert!(waiting.pop_front().unwrap().await.unwrap().is_ack());
+            }
+        }
+        for confirm in waiting {
+            assert!(confirm.await.unwrap().is_ack());
+        }
+    }
+
+    fn options(&self) -> AmqpOptions {
+        AmqpOptions {
+            url: self.broker.url.clone(),
+            ca_file: None,
+            client_cert_file: None,
+            client_key_file: None,
+            name: "test".into(),
+        }
     }
 
     /// Takes everything out of a queue.
@@ -405,4 +447,51 @@ async fn purge_removes_what_is_meant_and_exit_codes_tell_what_happened() {
     let (code, _, log) = away.run(&["dead", "list"]);
     assert_eq!(code, 1, "{log}");
     assert!(!log.contains("hunter2"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pass_reads_window_after_window_and_keeps_the_order_of_what_it_gives_back() {
+    let world = World::new().await;
+    world.letters(2_000).await;
+    let open = async || Pass::open(&world.options(), "dead", "angler.dead").await.unwrap();
+    let id = |letter: &Delivery| -> usize {
+        let body: Value = serde_json::from_slice(&letter.data).unwrap();
+        body["id"].as_str().unwrap().trim_start_matches("junk/").parse().unwrap()
+    };
+    let mut pass = open().await;
+    for expected in 0..2_000 {
+        let letter = pass.next().await.unwrap().unwrap();
+        assert_eq!(id(&letter), expected);
+        if expected % 3 == 0 {
+            pass.remove(letter.delivery_tag).await.unwrap();
+        }
+    }
+    assert!(pass.next().await.unwrap().is_none());
+    pass.close().await.unwrap();
+    // In the middle of a window it runs out of time.
+    let left: Vec<usize> = (0..2_000).filter(|id| id % 3 != 0).collect();
+    let mut pass = open().await;
+    for expected in &left[..700] {
+        assert_eq!(id(&pass.next().await.unwrap().unwrap()), *expected);
+    }
+    let mut pass = pass.within(Duration::ZERO);
+    assert!(pass.next().await.unwrap().is_none());
+    assert_eq!(pass.unseen() as usize, left.len() - 700);
+    pass.close().await.unwrap();
+    // Somebody else takes the oldest while the next one begins.
+    let mut pass = open().await;
+    world.drain("angler.dead").await;
+    assert!(pass.next().await.unwrap().is_none());
+    pass.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_behind_a_hundred_thousand_others_is_found_and_sent_again() {
+    let world = World::new().await;
+    drop(world.setup.start().await); // It has declared the queues.
+    world.letters(100_600).await;
+    let sent = world.dead_json(&["redrive", "--id", "junk/100599"]);
+    assert_eq!((&sent["redriven"], &sent["not_looked_at"]), (&json!(1), &json!(0)), "{sent}");
+    assert_eq!(world.client.get("angler.jobs").await.unwrap().body["id"], "junk/100599");
+    world.depth("angler.dead", 100_599).await;
 }

@@ -99,7 +99,7 @@ impl DeadLetters {
         Ok(self.0.next().await?.map(DeadLetter::read))
     }
 
-    /// Messages that the pass has not come to, because there are too many for one.
+    /// Messages that the pass has not come to.
     pub fn unseen(&self) -> u64 {
         self.0.unseen()
     }

@@ -110,7 +110,7 @@ async fn end<T>(dead: DeadLetters, outcome: Result<T>) -> Result<T> {
     Ok(value)
 }
 
-/// What the pass did not come to, because of --limit or because it holds no more at once.
+/// What the pass did not come to, because of --limit or for want of time.
 fn rest(not_looked_at: u64) -> String {
     match not_looked_at {
         0 => String::new(),
