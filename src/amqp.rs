@@ -4,7 +4,9 @@
 //! pause, for as long as it takes. Consuming and publishing have a connection each, so that a
 //! broker that blocks publishers (memory or disk alarm) does not stop acks.
 
+pub mod address;
 pub mod ask;
+pub mod connect;
 pub mod control;
 pub mod dead;
 pub mod inspect;
@@ -14,26 +16,23 @@ pub mod sanitize;
 pub mod topology;
 pub mod turn;
 
-use std::future::poll_fn;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::time::Duration;
 
-use futures_io::AsyncRead;
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
-use lapin::tcp::{AsyncTcpStream, RustlsConnector};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::uri::{AMQPScheme, AMQPUri};
-use lapin::{BasicProperties, Connection, ConnectionProperties, ErrorKind};
+use lapin::{BasicProperties, Connection, ErrorKind};
 
-use self::sanitize::{Sanitized, Tcp};
+use self::address::UrlError;
+pub use self::connect::connect;
 use crate::job::JOB_TYPE;
-use crate::tls::{BROKER, TlsError};
+use crate::tls::TlsError;
 
 /// How to reach the broker: the part of `[amqp]` that concerns connections.
 #[derive(Clone)]
 pub struct AmqpOptions {
-    /// `amqp://user:password@host:port/vhost`, or `amqps://`.
+    /// `amqp://user:password@host:port/vhost`, or `amqps://`; several, of the nodes of one cluster,
+    /// are separated by commas.
     pub url: String,
     /// PEM file of the authorities that the broker's certificate may come from.
     pub ca_file: Option<PathBuf>,
@@ -49,8 +48,8 @@ pub struct AmqpOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum AmqpError {
     /// Not an address.
-    #[error("amqp.url is not of the form amqp://user:password@host:port/vhost (or amqps://)")]
-    Url,
+    #[error(transparent)]
+    Url(#[from] UrlError),
     /// A file of certificates or a key cannot be used.
     #[error(transparent)]
     File(#[from] TlsError),
@@ -66,6 +65,9 @@ pub enum AmqpError {
     /// No answer in time.
     #[error("the broker did not answer within {0} s")]
     Silent(u64),
+    /// None of several addresses works.
+    #[error("{}", listed(.0))]
+    Nowhere(Vec<(String, AmqpError)>),
     /// Queues or an exchange are missing, and the user may not declare them.
     #[error(
         "there is no {names} on this virtual host, and the broker does not let this user declare it: {refusal}; declare it as another user, or grant this one `configure` for it"
@@ -78,101 +80,14 @@ pub enum AmqpError {
     },
 }
 
+fn listed(errors: &[(String, AmqpError)]) -> String {
+    let each = errors.iter().map(|(address, error)| format!("{address}: {error}"));
+    each.collect::<Vec<_>>().join("; ")
+}
+
 impl From<lapin::Error> for AmqpError {
     fn from(error: lapin::Error) -> Self {
         Self::Broker(error)
-    }
-}
-
-/// What opening a connection and one channel may take.
-const CONNECT_SECONDS: u64 = 15;
-
-/// Reads an address. Its own error would quote it, and with it the password.
-///
-/// # Errors
-/// [`AmqpError::Url`].
-pub fn parse_url(url: &str) -> Result<AMQPUri, AmqpError> {
-    url.parse().map_err(|_| AmqpError::Url)
-}
-
-/// Opens a connection; `role` becomes part of its name in the broker's listings.
-///
-/// # Errors
-/// [`AmqpError`].
-pub async fn connect(options: &AmqpOptions, role: &str) -> Result<Connection, AmqpError> {
-    let uri = parse_url(&options.url)?;
-    let tls = if uri.scheme == AMQPScheme::AMQPS { Some(tls(options).await?) } else { None };
-    let properties = ConnectionProperties::default()
-        .with_connection_name(format!("angler {role} {}", options.name).into());
-    let (again, dial_tls) = (uri.clone(), tls.clone());
-    // Ours and not lapin's, which at `log.level = "trace"` logs the address with its password, and
-    // fails where the system has no authorities, whatever `amqp.ca_file` holds.
-    let connecting = Connection::connector(
-        uri,
-        sanitize::runtime(),
-        async move |uri, _| {
-            let stream = dial(&uri, dial_tls.as_ref()).await?;
-            Ok(AsyncTcpStream::Plain(Sanitized::new(stream)))
-        },
-        properties,
-    );
-    let connected = tokio::time::timeout(Duration::from_secs(CONNECT_SECONDS), connecting).await;
-    let error = match connected {
-        Ok(Ok(connection)) => return Ok(connection),
-        Ok(Err(error)) => error,
-        Err(_) => return Err(AmqpError::Silent(CONNECT_SECONDS)),
-    };
-    if let Some(sentence) = BROKER.explain(&error) {
-        return Err(AmqpError::Tls(sentence));
-    }
-    match (tls, error.kind()) {
-        (Some(tls), ErrorKind::IOError(_)) => {
-            let alert = tokio::time::timeout(ALERT, alert(&again, &tls)).await;
-            let sentence = alert.ok().and_then(|error| BROKER.explain(&error));
-            Err(sentence.map_or(AmqpError::Broker(error), AmqpError::Tls))
-        }
-        _ => Err(error.into()),
-    }
-}
-
-/// How long to listen for the reason of a broker that hung up.
-const ALERT: Duration = Duration::from_secs(3);
-
-/// Why the broker hangs up after the handshake. In TLS 1.3 it looks at a client's certificate only
-/// then, and whoever has written something meanwhile gets a reset instead of its alert. So once
-/// more, and only listening.
-async fn alert(uri: &AMQPUri, tls: &RustlsConnector) -> std::io::Error {
-    let listening = async {
-        let mut stream = dial(uri, Some(tls)).await?;
-        poll_fn(|context| Pin::new(&mut stream).poll_read(context, &mut [0])).await
-    };
-    match listening.await {
-        Ok(_) => std::io::ErrorKind::UnexpectedEof.into(),
-        Err(error) => error,
-    }
-}
-
-/// A connection to the broker's address on which nothing has been said.
-async fn dial(uri: &AMQPUri, tls: Option<&RustlsConnector>) -> std::io::Result<Tcp> {
-    let runtime = lapin::runtime::default_runtime().map_err(std::io::Error::other)?;
-    let AMQPUri { authority, .. } = uri;
-    let address = runtime.to_socket_addrs((authority.host.clone(), authority.port));
-    let stream = AsyncTcpStream::connect(&runtime, address).await?;
-    match tls {
-        Some(tls) => stream.into_rustls(tls, &authority.host).await,
-        None => Ok(stream),
-    }
-}
-
-async fn tls(options: &AmqpOptions) -> Result<RustlsConnector, AmqpError> {
-    let AmqpOptions { ca_file, client_cert_file, client_key_file, .. } = options.clone();
-    let reading = tokio::task::spawn_blocking(move || {
-        let identity = client_cert_file.as_deref().zip(client_key_file.as_deref());
-        BROKER.client_config(ca_file.as_deref(), identity)
-    });
-    match reading.await {
-        Ok(config) => Ok(config?.into()),
-        Err(panic) => Err(AmqpError::Tls(format!("certificates cannot be read: {panic}"))),
     }
 }
 

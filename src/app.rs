@@ -10,13 +10,14 @@ use tokio::sync::OnceCell;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::amqp::AmqpOptions;
+use crate::amqp::address::{addresses, shown};
 use crate::amqp::control::{ControlClient, ControlListener};
 use crate::amqp::dead::{DeadError, DeadLetters};
 use crate::amqp::publisher::Publisher;
 use crate::bulk::cancelled::CancelledRuns;
 use crate::classes::catalog::Catalog;
 use crate::classes::shadow::Shadow;
-use crate::config::{Lane, Settings, redacted};
+use crate::config::{Lane, Settings};
 use crate::embed;
 use crate::engine::Engine;
 use crate::health::{About, Readiness};
@@ -293,7 +294,8 @@ impl App {
         let pipeline = Pipeline::new(store, engine.clone(), model.pixels.clone(), &limits);
         let pipeline = Arc::new(pipeline.watched_by(Arc::new(self.outage())));
         readiness.set_pipeline(Arc::clone(&pipeline));
-        tracing::info!(broker = redacted(&s.amqp.url), worker = name, "connecting");
+        let brokers = shown(&addresses(s.amqp.url.as_str())?);
+        tracing::info!(broker = brokers, worker = name, "connecting");
         let options = s.amqp_options(&name);
         let publisher = Arc::new(self.result_publisher(&options));
         let source = self.source(&options, &publisher, &readiness);

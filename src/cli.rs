@@ -27,7 +27,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::app::App;
-use crate::config::{LogFormat, Settings, SettingsError};
+use crate::config::{LogFormat, Settings, SettingsError, hidden};
 use crate::embed::BackendChoice;
 use crate::telemetry;
 
@@ -48,8 +48,8 @@ struct Global {
     #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
     /// One setting, for example amqp.prefetch=4; may be repeated
-    #[arg(long, global = true, value_name = "KEY=VALUE", value_parser = key_value)]
-    setting: Vec<(String, String)>,
+    #[arg(long, global = true, value_name = "KEY=VALUE")]
+    setting: Vec<String>,
     /// Model folder, or "builtin" (model.path)
     #[arg(long, global = true, value_name = "FOLDER")]
     model: Option<String>,
@@ -81,8 +81,10 @@ enum Command {
     Man(shell::ManCommand),
 }
 
-fn key_value(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
+/// Not by clap, whose error would quote the text: it may be a password.
+fn key_value(text: &str) -> Result<(String, String), UsageError> {
+    let wrong = || UsageError("--setting expects KEY=VALUE, such as amqp.prefetch=4".to_owned());
+    let (key, value) = text.split_once('=').ok_or_else(wrong)?;
     Ok((key.trim().to_owned(), value.trim().to_owned()))
 }
 
@@ -95,6 +97,21 @@ pub(crate) struct UsageError(pub String);
 #[derive(Debug, thiserror::Error)]
 #[error("exit code {0}")]
 pub(crate) struct Said(pub u8);
+
+/// Reads the command line. Wrong usage ends the process with code 2, and so do `--help` and
+/// `--version` with 0.
+pub fn parse() -> Cli {
+    Cli::try_parse().unwrap_or_else(|error| {
+        let text = error.to_string();
+        let shown = hidden(&text);
+        if shown == text {
+            error.exit();
+        }
+        // It quotes a URL with a password.
+        eprint!("{shown}");
+        std::process::exit(error.exit_code())
+    })
+}
 
 /// Runs the command; yields the exit code.
 pub fn main(cli: Cli) -> ExitCode {
@@ -126,7 +143,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Man(command) => return command.run(),
         _ => {}
     }
-    let Global { config, setting: mut set, model, backend } = cli.global;
+    let Global { config, setting, model, backend } = cli.global;
+    let mut set = setting.iter().map(|text| key_value(text)).collect::<Result<Vec<_>, _>>()?;
     if let Some(model) = model {
         set.push(("model.path".to_owned(), model));
     }

@@ -3,6 +3,8 @@
 //! Every layer is checked by the same types; an unknown key is an error in any of them.
 
 mod lanes;
+mod secrets;
+mod urls;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,9 +13,12 @@ use config::{Config, Environment, File, FileFormat};
 use serde::Deserialize;
 
 pub use self::lanes::{Lane, Lanes};
+pub use self::secrets::{hidden, redacted};
+pub use self::urls::Urls;
 
+use crate::amqp::AmqpOptions;
+use crate::amqp::address::addresses;
 use crate::amqp::topology::Topology;
-use crate::amqp::{AmqpOptions, parse_url};
 use crate::classes::catalog::CatalogOptions;
 use crate::embed::onnxruntime::{ConvSearch, CudaOptions};
 use crate::embed::{self, BackendChoice, Scoring};
@@ -90,7 +95,7 @@ section!(/** `[classes]` */ ClassesSettings {
     shadow: String,
 });
 section!(/** `[amqp]` */ AmqpSettings {
-    url: String,
+    url: Urls,
     jobs_queue: Lanes,
     results_queue: String,
     dead_queue: String,
@@ -188,7 +193,7 @@ impl Settings {
         environment: Environment,
         flags: &[(String, String)],
     ) -> Result<Self, SettingsError> {
-        let text = |e: config::ConfigError| SettingsError(e.to_string());
+        let text = |e: config::ConfigError| SettingsError(secrets::told(&e));
         let mut builder = Config::builder().add_source(File::from_str(DEFAULTS, FileFormat::Toml));
         match file {
             Some(path) => builder = builder.add_source(File::from(path).format(FileFormat::Toml)),
@@ -259,7 +264,7 @@ impl Settings {
                 "amqp.client_cert_file and amqp.client_key_file belong together".to_owned(),
             ));
         }
-        parse_url(&a.url).map_err(|e| SettingsError(e.to_string()))?;
+        addresses(a.url.as_str()).map_err(|e| SettingsError(e.to_string()))?;
         self.telemetry.check()?;
         self.preload()?;
         self.shadow()?;
@@ -337,7 +342,7 @@ impl Settings {
     pub fn amqp_options(&self, name: &str) -> AmqpOptions {
         let a = &self.amqp;
         AmqpOptions {
-            url: a.url.clone(),
+            url: a.url.as_str().to_owned(),
             ca_file: path(&a.ca_file),
             client_cert_file: path(&a.client_cert_file),
             client_key_file: path(&a.client_key_file),
@@ -434,19 +439,6 @@ fn path(text: &str) -> Option<PathBuf> {
     some(text).map(PathBuf::from)
 }
 
-/// A URL without its password, for logs and messages.
-pub fn redacted(url: &str) -> String {
-    let Some((scheme, rest)) = url.split_once("://") else { return "(not a URL)".to_owned() };
-    // The last `@` of all: a password that was not escaped may hold a `/` or a `?`.
-    match rest.rfind('@') {
-        None => format!("{scheme}://{rest}"),
-        Some(at) => {
-            let user = rest[..at].split(':').next().unwrap_or_default();
-            format!("{scheme}://{user}:***{}", &rest[at..])
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -510,6 +502,64 @@ mod tests {
     }
 
     #[test]
+    fn several_brokers_come_from_any_layer() {
+        let url = |s: Settings| s.amqp.url.as_str().to_owned();
+        let both = "amqp://u:p@a/v,amqp://u:p@b/v";
+        let file = "[amqp]\nurl = [\"amqp://u:p@a/v\", \"amqp://u:p@b/v\"]";
+        assert_eq!(url(load(Some(file), &[], &[]).unwrap()), both);
+        assert_eq!(url(load(Some(""), &[("ANGLER__AMQP__URL", both)], &[]).unwrap()), both);
+        assert_eq!(url(load(Some(file), &[], &[("amqp.url", both)]).unwrap()), both);
+        let one = [("ANGLER__AMQP__URL", "amqp://u:a,b@h/v")];
+        assert_eq!(url(load(Some(file), &one, &[]).unwrap()), "amqp://u:a,b@h/v");
+        assert!(refused("[amqp]\nurl = []").contains("amqp.url is empty"));
+    }
+
+    #[test]
+    fn no_layer_quotes_a_url_that_cannot_be_used() {
+        for file in [
+            "[amqp]\nurl = \"amqp:u:hunter2@h\"",
+            "[amqp]\nurl = \"amqp://u:hunter2@h",
+            "[amqp]\nurl = amqp://u:hunter2@h",
+            "[amqp]\nurl = \"amqp://u:hunter2@h\" \"",
+            "[amqp]\nurl = { host = \"amqp://u:hunter2@h\" }",
+            "[amqp]\nurl = [\"amqp://h\", \"amqp://u:1/hunter2@h\"]",
+            "[amqp]\nurl = [[\"amqp://h:x\"], \"hunter2\"]",
+            "[amqp]\nprefetch = \"amqp://u:hunter2@h\"",
+            "[amqp]\nprefetch = \"hunter2\"",
+            "[amqp]\njobs_queue = \"amqp://u:hunter2@h:5672\"",
+            "[embedder]\nbackend = \"amqp://u:hunter2@h\"",
+            "amqp = \"amqp://u:hunter2@h\"",
+            "amqp = \"hunter2\"",
+            "\"amqp://u:hunter2@h\" = 1",
+        ] {
+            let message = refused(file);
+            assert!(!message.contains("hunter2"), "{file}: {message}");
+        }
+        for (key, value) in [
+            ("ANGLER__AMQP__URL", "4711"),
+            ("ANGLER__AMQP__URL", "-4711.5"),
+            ("ANGLER__AMQP__URL", "4711@h,amqp://h"),
+            ("ANGLER__AMQP__URL", "amqp://h/v,amqp:u:4711@h"),
+            ("ANGLER__AMQP", "amqp://u:4711@h"),
+            ("ANGLER__AMQP", "4711"),
+            ("ANGLER__AMQP__PREFETCH", "amqp://u:4711@h"),
+            ("ANGLER__AMQP__URL__amqp://u:4711@h", "1"),
+        ] {
+            let message = load(Some(""), &[(key, value)], &[]).err().unwrap().to_string();
+            assert!(!message.contains("4711"), "{key}={value}: {message}");
+        }
+        for (key, value) in [
+            ("amqp.url", "u:hunter2@h"),
+            ("amqp.url:amqp://u:hunter2@h?heartbeat", "5"),
+            ("amqp.url amqp://u:hunter2@h?heartbeat", "5"),
+            ("amqp", "hunter2"),
+        ] {
+            let message = load(Some(""), &[], &[(key, value)]).err().unwrap().to_string();
+            assert!(!message.contains("hunter2"), "{key}={value}: {message}");
+        }
+    }
+
+    #[test]
     fn several_queues_of_jobs_come_from_any_layer() {
         let lanes = |s: Settings| {
             let lanes = s.amqp.jobs_queue.iter();
@@ -567,10 +617,6 @@ mod tests {
 
     #[test]
     fn passwords_are_not_shown() {
-        assert_eq!(redacted("amqp://u:p@ss@h:5672/v"), "amqp://u:***@h:5672/v");
-        assert_eq!(redacted("amqp://h/v"), "amqp://h/v");
-        assert_eq!(redacted("http://u:p/w?d@h:4318/v1"), "http://u:***@h:4318/v1");
-        assert_eq!(redacted("secret"), "(not a URL)");
         // No URL holds a ^, and those who would say so quote it.
         let message = refused("[telemetry]\notlp_endpoint = \"http://u:hunter2^@h:4318\"");
         assert!(message.contains("otlp_endpoint") && !message.contains("hunter2"), "{message}");

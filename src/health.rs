@@ -75,6 +75,8 @@ pub struct Readiness {
     warm: AtomicBool,
     /// How each queue of jobs is consumed.
     queues: Mutex<BTreeMap<String, Consuming>>,
+    /// The broker's address that each queue of jobs was last consumed at.
+    brokers: Mutex<BTreeMap<String, String>>,
     /// Where work is stuck.
     stalled: Mutex<Option<String>>,
     /// Why the broker does not accept results for now, a sentence.
@@ -109,6 +111,11 @@ impl Readiness {
     /// What the worker is.
     pub fn set_about(&self, about: About) {
         let _ = self.about.set(about);
+    }
+
+    /// The address of the broker that a queue's jobs come from, without user and password.
+    pub fn set_broker(&self, queue: &str, address: &str) {
+        locked(&self.brokers).insert(queue.to_owned(), address.to_owned());
     }
 
     /// Jobs are being consumed from a queue.

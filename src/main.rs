@@ -2,9 +2,6 @@
 
 use std::process::ExitCode;
 
-use angler::cli::Cli;
-use clap::Parser;
-
 /// Read by ONNX Runtime when it is loaded. Without it version 1.32 looks up its maker's server and
 /// keeps a file of events in the user's cache, whatever its own interface was told.
 const NO_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
@@ -17,6 +14,5 @@ fn main() -> ExitCode {
             std::env::set_var(NO_TELEMETRY, "1");
         }
     }
-    // Wrong usage ends in clap with code 2.
-    angler::cli::main(Cli::parse())
+    angler::cli::main(angler::cli::parse())
 }

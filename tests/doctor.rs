@@ -226,6 +226,133 @@ async fn a_broker_that_does_not_listen_is_found_and_hides_nothing_of_the_store()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn each_of_several_nodes_is_looked_at_and_one_that_works_is_enough() {
+    let mut world = World::new().await;
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = silent.local_addr().unwrap().to_string();
+    let real = world.broker.address();
+    let at = |address: &str| world.broker.url.replace(&real, address);
+    let wrong_password = world.broker.url.replace("guest:guest", "guest:hunter2");
+    let urls = [at("127.0.0.1:1"), at(&silent), wrong_password, world.broker.url.clone()];
+    world.setup.env.insert("ANGLER__AMQP__URL".into(), urls.join(","));
+    let (code, report) = world.doctor();
+    assert_eq!(code, 0, "{report:#}");
+    let checks = report["checks"].as_array().unwrap().iter();
+    let broker: Vec<(&str, &str)> = checks
+        .filter(|check| check["name"] == "connection" || check["name"] == "login")
+        .map(|check| (check["state"].as_str().unwrap(), check["message"].as_str().unwrap()))
+        .collect();
+    let said = |state: &str, words: &str| {
+        let found = broker.iter().any(|(is, message)| *is == state && message.contains(words));
+        assert!(found, "{state}: {words} is not in {broker:#?}");
+    };
+    said("warning", "127.0.0.1:1: ");
+    said("warning", &format!("{silent}: no answer within 10 s"));
+    said("warning", &format!("{real} refuses user guest"));
+    said("ok", &format!("amqp://{real}/{} accepts user guest", world.broker.vhost));
+    told(&report, ("broker", "angler.jobs"), "ok", "not there yet", "");
+
+    // Where none works, each is a problem.
+    world.setup.env.insert("ANGLER__AMQP__URL".into(), urls[..3].join(","));
+    let report = world.broken();
+    assert_eq!(report["problems"], 3, "{report:#}");
+}
+
+/// What is written where a URL of a broker belongs, with a password somewhere.
+const BROKEN: [&str; 28] = [
+    "hunter2",
+    "amqp:u:hunter2@h/v",
+    "amqp:/u:hunter2@h/v",
+    "amqp:///u:hunter2@h/v",
+    "amqp//u:hunter2@h/v",
+    "u:hunter2@h/v",
+    "http://u:hunter2@h/v",
+    "amqp://u:1/hunter2@h/v",
+    "amqp://u:1?hunter2@h/v",
+    "amqp://u:1#hunter2@h/v",
+    "amqp://u:hunter2/v",
+    "amqp://u:hunter2@/v",
+    "amqp://u:hunter2@h:port/v",
+    "amqp://u:hunter2@h:99999/v",
+    "amqp://u:hunter2@[::1/v",
+    "amqp://u:hunter2@[::zz]/v",
+    "amqp://u:hunter2@h h/v",
+    "amqp://h/u:hunter2",
+    "amqp://h/v;amqp://u:hunter2@h/v",
+    "amqp://h/v amqp://u:hunter2@h/v",
+    "amqp://h/v,u:hunter2@h/v",
+    "amqp://h/v,amqp:u:hunter2@h/v",
+    "amqp://h/v,http://u:hunter2@h/v",
+    "amqp://h/v,amqp://u:hunter2@h:x/v",
+    "amqp://h/v,amqp://u:1/hunter2@h/v",
+    "amqp://u:hunter2@h/v,amqp://u:hunter2@h/w",
+    "[\"amqp://u:hunter2@h/v\"]",
+    "amqp://h:1,u:hunter2@h:y/v",
+];
+
+/// Runs it; yields the exit code. No output has the password.
+fn run(setup: &Setup, arguments: &[&str]) -> i32 {
+    let (code, out, log) = setup.run(arguments);
+    assert!(!out.contains("hunter2") && !log.contains("hunter2"), "{arguments:?}\n{out}{log}");
+    code
+}
+
+#[test]
+fn no_command_shows_the_password_of_a_broken_url_wherever_it_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("angler.toml");
+    let config = file.to_str().unwrap();
+    let commands: [&[&str]; 5] = [
+        &["doctor"],
+        &["doctor", "--json"],
+        &["worker"],
+        &["dead", "list", "--json"],
+        &["enqueue", "-", "--classes", "a", "--run", "r"],
+    ];
+    for (at, url) in BROKEN.iter().enumerate() {
+        let mut env = Setup::default();
+        env.env.insert("ANGLER__AMQP__URL".into(), (*url).to_owned());
+        let mut flag = Setup::default();
+        flag.set("amqp.url", url);
+        std::fs::write(&file, format!("[amqp]\nurl = '{url}'\n")).unwrap();
+        for (setup, more) in
+            [(&env, &[][..]), (&flag, &[]), (&Setup::default(), &["--config", config])]
+        {
+            let arguments = [commands[at % commands.len()], more].concat();
+            assert_eq!(run(setup, &arguments), 2, "{url}");
+        }
+    }
+    // Where no URL belongs.
+    let none = Setup::default();
+    let url = "amqp://u:hunter2@h/v";
+    assert_eq!(run(&none, &["worker", url]), 2);
+    assert_eq!(run(&none, &["worker", "--setting", url]), 2);
+    assert_eq!(run(&none, &["worker", "--setting", "amqp.url hunter2"]), 2);
+    assert_eq!(run(&none, &["worker", "--setting", &format!("amqp.url:{url}?heartbeat=5")]), 2);
+    assert_eq!(run(&none, &["worker", "--setting", &format!("embedder.backend={url}")]), 2);
+    assert_eq!(run(&none, &["worker", &format!("--backend={url}")]), 2);
+    for text in ["[amqp]\nurl = \"amqp://u:hunter2@h", "[amqp]\nurl = hunter2", "amqp = 'hunter2'"]
+    {
+        std::fs::write(&file, text).unwrap();
+        for command in commands {
+            assert_eq!(run(&none, &[command, &["--config", config]].concat()), 2, "{text}");
+        }
+    }
+    // Addresses that only lead nowhere.
+    for url in [
+        "amqp://u:hunter2@127.0.0.1:1/v?heartbeat=5",
+        "amqp://hunter2@127.0.0.1:1/v",
+        "amqp://127.0.0.1:1/v?password=hunter2",
+        "amqp://u:hunter2@127.0.0.1:1/v,amqps://u:hunter2@127.0.0.1:1/v",
+    ] {
+        let mut setup = Setup::default();
+        setup.env.insert("ANGLER__AMQP__URL".into(), url.to_owned());
+        setup.set("log.level", "trace");
+        assert_eq!(run(&setup, &["dead", "list"]), 1, "{url}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn whoever_is_silent_is_given_up_and_nothing_waits_for_it() {
     let mut world = World::new().await;
     // The system takes connections for them, and nobody answers.
@@ -335,7 +462,7 @@ async fn a_wrong_secret_of_the_store_is_found() {
     let bucket = ("store", bucket.as_str());
     told(&report, bucket, "problem", "rejected the credentials", "AWS_SECRET_ACCESS_KEY");
     told(&report, ("class sets", "classes.root"), "problem", "403", "the store's section");
-    told(&report, ("broker", "login"), "ok", "guest:***@", "");
+    told(&report, ("broker", "login"), "ok", "accepts user guest", "");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -14,11 +14,12 @@ use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
 use lapin::protocol::connection::AMQPMethod;
 use lapin::protocol::{AMQPClass, AMQPSoftError, parse_class};
 use lapin::types::{FieldTable, ShortString};
-use lapin::uri::AMQPScheme;
 use lapin::{Connection, ExchangeKind};
 
+use super::address::Address;
+use super::connect::{dial, tls};
 use super::topology::Topology;
-use super::{AmqpError, AmqpOptions, dial, parse_url, refused, short, string_header, tls};
+use super::{AmqpError, AmqpOptions, refused, short, string_header};
 use crate::tls::BROKER;
 
 /// What a broker says of itself before anybody logs in.
@@ -38,15 +39,14 @@ impl Server {
     }
 }
 
-/// Asks the broker who it is. Neither name nor password is sent.
+/// Asks the broker at this address who it is. Neither name nor password is sent.
 ///
 /// # Errors
 /// [`AmqpError`].
-pub async fn greeting(options: &AmqpOptions) -> Result<Server, AmqpError> {
-    let uri = parse_url(&options.url)?;
-    let tls = if uri.scheme == AMQPScheme::AMQPS { Some(tls(options).await?) } else { None };
+pub async fn greeting(options: &AmqpOptions, address: &Address) -> Result<Server, AmqpError> {
+    let tls = tls(options, address).await?;
     let start = async {
-        let mut stream = dial(&uri, tls.as_ref()).await?;
+        let mut stream = dial(address, tls.as_ref()).await?;
         write(&mut stream, b"AMQP\x00\x00\x09\x01").await?;
         frame(&mut stream).await
     };

@@ -127,6 +127,7 @@
 
     fill('about', [
       pair('queue', status.queue),
+      pair('broker', [...new Set(Object.values(status.brokers))].join(', ')),
       pair('back end', backend ? `${backend.name} on ${backend.devices.join(', ')}, scoring ${backend.scoring === 'graph' ? 'in the graph' : 'on the host'}` : 'not loaded yet'),
       backend && backend.batch_limit < backend.max_batch ? pair('batch limit', `${backend.batch_limit}, since a device was short of memory`) : null,
       pair('model', status.model),

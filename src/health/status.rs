@@ -27,6 +27,7 @@ pub(super) fn of(shown: &Shown) -> Value {
         "version": env!("CARGO_PKG_VERSION"),
         "worker": about.map(|about| &about.worker),
         "queue": about.map(|about| &about.queue),
+        "brokers": &*locked(&readiness.brokers),
         "model": about.map(|about| &about.model),
         "backend": backend(readiness),
         "started_at": humantime::format_rfc3339_millis(metrics.started()).to_string(),

@@ -164,9 +164,11 @@ impl AmqpSource {
                 Ok(Ok(live)) => {
                     tracing::info!(
                         queue = self.topology.jobs,
+                        broker = live.broker,
                         prefetch = self.prefetch,
                         "consuming"
                     );
+                    self.readiness.set_broker(&self.topology.jobs, &live.broker);
                     self.readiness.set_consuming(&self.topology.jobs);
                     self.live = Some(live);
                 }

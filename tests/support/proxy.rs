@@ -39,8 +39,13 @@ pub struct Proxy {
 impl Proxy {
     /// In front of `upstream`, `host:port`.
     pub async fn new(upstream: &str) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+        Self::at("127.0.0.1:0", upstream).await.unwrap()
+    }
+
+    /// The same, with this address of its own.
+    pub async fn at(own: &str, upstream: &str) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(own).await?;
+        let address = listener.local_addr()?;
         let (fault, cuts) = (watch::Sender::new(Fault::default()), watch::Sender::new(0));
         let upstream: Arc<str> = upstream.into();
         let (faults, cut) = (fault.subscribe(), cuts.subscribe());
@@ -64,17 +69,11 @@ impl Proxy {
                 open.spawn(pass(client, upstream, faults.clone(), cut.clone(), left));
             }
         });
-        Self {
-            address,
-            fault,
-            cuts,
-            accepted,
-            cut_answers,
-            _accepting: AbortOnDropHandle::new(accepting),
-        }
+        let _accepting = AbortOnDropHandle::new(accepting);
+        Ok(Self { address, fault, cuts, accepted, cut_answers, _accepting })
     }
 
-    /// `127.0.0.1:port`.
+    /// `host:port`.
     pub fn address(&self) -> String {
         self.address.to_string()
     }

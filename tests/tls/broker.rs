@@ -2,6 +2,7 @@
 
 use crate::pki::{Authority, text};
 use crate::servers::{PASSWORD, TlsBroker, system_trusts};
+use crate::support::proxy::Proxy;
 use crate::support::{Setup, eventually, fashion_classes, http_get};
 
 /// What is wrong, the settings that make it so, and what has to be said.
@@ -122,4 +123,40 @@ async fn a_handshake_that_fails_names_what_is_wrong_and_the_setting_and_is_tried
         let (ended, _, log) = setup.run(&["dead", "list"]);
         assert_eq!(ended, code, "{log}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_of_several_addresses_speaks_tls_and_an_ipv6_one_is_checked_as_such() {
+    let ours = Authority::new("ours");
+    let broker = TlsBroker::start(&ours, &ours.server(&["localhost", "::1"]));
+    let proxy = match Proxy::at("[::1]:0", &broker.tls_address()).await {
+        Ok(proxy) => proxy,
+        Err(error) => return println!("no IPv6 here: {error}"),
+    };
+    let client = ours.client();
+    let mut setup = Setup::store();
+    setup
+        .set("amqp.ca_file", text(&ours.file))
+        .set("amqp.client_cert_file", text(&client.cert))
+        .set("amqp.client_key_file", text(&client.key));
+    let url = broker.url("localhost");
+    let ipv6 = url.replace(&format!("localhost:{}", broker.tls_port()), &proxy.address());
+    setup.env.insert("ANGLER__AMQP__URL".into(), ipv6.clone());
+    let (_, _, log) = setup.run(&["dead", "list"]);
+    // It was let in: no worker has declared the queue yet.
+    assert!(log.contains("no queue angler.dead") && proxy.accepted() > 0, "{log}");
+
+    // What is wrong is said of each address.
+    broker.certificate(&ours.server(&["elsewhere"]));
+    broker.restart();
+    setup.env.insert("ANGLER__AMQP__URL".into(), format!("{url},{ipv6}"));
+    let (code, _, log) = setup.run(&["dead", "list"]);
+    assert_eq!(code, 1, "{log}");
+    for part in
+        [format!("localhost:{}/%2f: ", broker.tls_port()), format!("{}/%2f: ", proxy.address())]
+    {
+        assert!(log.contains(&part), "{part} is not in: {log}");
+    }
+    assert_eq!(log.matches("is not for the host in amqp.url").count(), 2, "{log}");
+    assert!(!log.contains(PASSWORD), "{log}");
 }

@@ -55,6 +55,15 @@ impl TlsBroker {
         self.0.start();
     }
 
+    pub fn tls_port(&self) -> u16 {
+        self.0.port("TLS")
+    }
+
+    /// `host:port` of its TLS listener.
+    pub fn tls_address(&self) -> String {
+        format!("127.0.0.1:{}", self.tls_port())
+    }
+
     /// `amqps://`, under a host name of this machine.
     pub fn url(&self, host: &str) -> String {
         format!("amqps://angler:{PASSWORD}@{host}:{}/%2f", self.0.port("TLS"))

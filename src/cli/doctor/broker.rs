@@ -5,15 +5,16 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
-use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Connection, ErrorKind};
 
-use super::report::Check;
+use super::report::{Check, State};
 use super::within;
+use crate::amqp::address::{Address, addresses};
+use crate::amqp::connect::connect_to;
 use crate::amqp::inspect::{Counts, Difference, Found, Server, greeting};
 use crate::amqp::topology::Topology;
-use crate::amqp::{AmqpError, close, connect, parse_url};
-use crate::config::{Settings, redacted};
+use crate::amqp::{AmqpError, AmqpOptions, close};
+use crate::config::Settings;
 
 /// The oldest RabbitMQ that everything works on.
 const OLDEST: (u32, u32) = (3, 10);
@@ -29,55 +30,81 @@ pub(super) async fn check(settings: &Settings) -> Vec<Check> {
     checks
 }
 
+/// A node that lets a worker in.
+struct Node {
+    address: Address,
+    server: Server,
+    connection: Connection,
+}
+
 async fn reached(settings: &Settings) -> Vec<Check> {
     let options = settings.amqp_options("doctor");
-    let uri = match parse_url(&options.url) {
-        Ok(uri) => uri,
+    let addresses = match addresses(&options.url) {
+        Ok(addresses) => addresses,
         Err(error) => return vec![Check::problem("amqp.url", error.to_string(), URL)],
     };
-    let address = format!("{}:{}", uri.authority.host, uri.authority.port);
-    let server = match within(greeting(&options)).await {
-        Ok(Ok(server)) => server,
-        Ok(Err(mut error)) => {
-            // Over TLS a broker may hang up without a word; connecting listens for the reason.
-            let told = matches!(error, AmqpError::Tls(_) | AmqpError::File(_));
-            if uri.scheme == AMQPScheme::AMQPS
-                && !told
-                && let Ok(Err(reason)) = within(connect(&options, "doctor")).await
-            {
-                error = reason;
-            }
-            return vec![unreachable(&address, &error)];
-        }
-        Err(silent) => {
-            let message = format!("{address}: {silent}");
-            let remedy = format!("{UNREACHABLE} What listens there may be no broker.");
-            return vec![Check::problem("connection", message, remedy)];
-        }
-    };
-    let mut checks = vec![version(&server, &address)];
-    let connection = match within(connect(&options, "doctor")).await {
-        Ok(Ok(connection)) => connection,
-        Ok(Err(error)) => {
-            checks.push(refused(&uri, &error));
-            return checks;
-        }
-        Err(silent) => {
-            let remedy = "Look at the broker's log: an alarm, or a backend of its logins.";
-            checks.push(Check::problem("login", silent, remedy));
-            return checks;
-        }
-    };
-    checks.push(Check::ok("login", format!("{} is accepted", redacted(&options.url))));
+    let looked = join_all(addresses.into_iter().map(|address| look_at(&options, address))).await;
+    let (checks, nodes): (Vec<_>, Vec<_>) = looked.into_iter().unzip();
+    let mut checks: Vec<Check> = checks.into_iter().flatten().collect();
+    let mut nodes = nodes.into_iter().flatten();
+    let Some(Node { address, server, connection }) = nodes.next() else { return checks };
+    for node in nodes {
+        close(&node.connection).await;
+    }
+    // A worker uses another one meanwhile.
+    for check in checks.iter_mut().filter(|check| check.state == State::Problem) {
+        check.state = State::Warning;
+    }
     let mut seen = BTreeSet::new();
     for lane in &settings.amqp.jobs_queue {
         let lane = settings.topology_of(lane);
         // Results, dead letters and announcements are shared.
-        let of_lane = topology(&lane, &connection, &server, &uri).await;
+        let of_lane = topology(&lane, &connection, &server, &address).await;
         checks.extend(of_lane.into_iter().filter(|check| seen.insert(check.name.clone())));
     }
     close(&connection).await;
     checks
+}
+
+/// Reaches one address and logs in there.
+async fn look_at(options: &AmqpOptions, address: Address) -> (Vec<Check>, Option<Node>) {
+    let place = address.host_and_port();
+    let server = match within(greeting(options, &address)).await {
+        Ok(Ok(server)) => server,
+        Ok(Err(mut error)) => {
+            // Over TLS a broker may hang up without a word; connecting listens for the reason.
+            let told = matches!(error, AmqpError::Tls(_) | AmqpError::File(_));
+            if address.is_tls()
+                && !told
+                && let Ok(Err(reason)) = within(connect_to(options, &address, "doctor")).await
+            {
+                error = reason;
+            }
+            return (vec![unreachable(&place, &error)], None);
+        }
+        Err(silent) => {
+            let message = format!("{place}: {silent}");
+            let remedy = format!("{UNREACHABLE} What listens there may be no broker.");
+            return (vec![Check::problem("connection", message, remedy)], None);
+        }
+    };
+    let mut checks = vec![version(&server, &place)];
+    let connection = match within(connect_to(options, &address, "doctor")).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => {
+            checks.push(refused(&address, &error));
+            return (checks, None);
+        }
+        Err(silent) => {
+            let remedy = "Look at the broker's log: an alarm, or a backend of its logins.";
+            checks.push(Check::problem("login", format!("{place}: {silent}"), remedy));
+            return (checks, None);
+        }
+    };
+    let who = address.user().map(|user| format!("user {user}"));
+    let who = who.unwrap_or_else(|| "the user in amqp.url".to_owned());
+    checks.push(Check::ok("login", format!("{address} accepts {who}")));
+    (checks, Some(Node { address, server, connection }))
 }
 
 const URL: &str = "Write amqp.url as amqp://user:password@host:port/vhost (the vhost / is %2f).";
@@ -120,8 +147,9 @@ fn version(server: &Server, address: &str) -> Check {
 }
 
 /// Why a broker that is there does not let us in.
-fn refused(uri: &AMQPUri, error: &AmqpError) -> Check {
-    let (user, vhost) = (&uri.authority.userinfo.username, &uri.vhost);
+fn refused(address: &Address, error: &AmqpError) -> Check {
+    let (user, vhost) = (user(address), &address.uri.vhost);
+    let place = address.host_and_port();
     if let AmqpError::Broker(broker) = error
         && let ErrorKind::ProtocolError(said) = broker.kind()
     {
@@ -132,7 +160,7 @@ fn refused(uri: &AMQPUri, error: &AmqpError) -> Check {
                     if user == "guest" { " (guest only logs in on its own host)" } else { "" };
                 return Check::problem(
                     "login",
-                    format!("the broker refuses user {user}: wrong user or password{local}"),
+                    format!("{place} refuses user {user}: wrong user or password{local}"),
                     format!(
                         "Correct user and password in amqp.url, or set the password:\n  \
                          rabbitmqctl change_password {} PASSWORD",
@@ -143,7 +171,7 @@ fn refused(uri: &AMQPUri, error: &AmqpError) -> Check {
             AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED) if words.contains("not found") => {
                 return Check::problem(
                     "virtual host",
-                    format!("there is no virtual host {vhost} on this broker"),
+                    format!("there is no virtual host {vhost} at {place}"),
                     format!(
                         "Correct the end of amqp.url (the vhost / is %2f), or make it:\n  \
                          rabbitmqctl add_vhost {}\n{}",
@@ -162,7 +190,13 @@ fn refused(uri: &AMQPUri, error: &AmqpError) -> Check {
             _ => {}
         }
     }
-    Check::problem("login", error.to_string(), "Look at the broker's log for what it was.")
+    let message = format!("{place}: {error}");
+    Check::problem("login", message, "Look at the broker's log for what it was.")
+}
+
+/// For a sentence or a command.
+fn user(address: &Address) -> &str {
+    address.user().unwrap_or("USER")
 }
 
 fn permissions(user: &str, vhost: &str) -> String {
@@ -183,12 +217,12 @@ async fn topology(
     topology: &Topology,
     connection: &Connection,
     server: &Server,
-    uri: &AMQPUri,
+    address: &Address,
 ) -> Vec<Check> {
     let names = topology.queue_names();
     let queues = join_all(names.iter().map(async |name| {
         let found = within(topology.look_at(connection, name)).await;
-        found_queue(topology, name, found, server, uri)
+        found_queue(topology, name, found, server, address)
     }));
     let control = async {
         let found = within(topology.look_at_control(connection)).await;
@@ -200,7 +234,7 @@ async fn topology(
                 "Name another amqp.control_exchange, or delete this one: a worker makes it anew.",
             ),
             Ok(Ok(Found::Same(_))) => Check::ok(name.as_str(), "the exchange is as it should be"),
-            other => found_queue(topology, name, other, server, uri),
+            other => found_queue(topology, name, other, server, address),
         }
     };
     let (mut checks, control) = tokio::join!(queues, control);
@@ -215,7 +249,7 @@ fn found_queue(
     name: &str,
     found: Looked,
     server: &Server,
-    uri: &AMQPUri,
+    address: &Address,
 ) -> Check {
     match found {
         Ok(Ok(Found::Missing)) => {
@@ -225,17 +259,20 @@ fn found_queue(
             Check::ok(name, format!("is as it should be; {}", counted(topology, name, counts)))
         }
         Ok(Ok(Found::Different(counts, difference))) => {
-            different(topology, name, counts, &difference, server, uri)
+            different(topology, name, counts, &difference, server, address)
         }
         Ok(Err(error)) if denied(&error) => {
-            let user = &uri.authority.userinfo.username;
+            let user = user(address);
             Check::warning(
                 name,
                 format!(
                     "is there, and a worker uses it unchanged; user {user} may not declare it, so its \
                      arguments were not compared"
                 ),
-                format!("To have them compared, let it:\n{}", permissions(user, &uri.vhost)),
+                format!(
+                    "To have them compared, let it:\n{}",
+                    permissions(user, &address.uri.vhost)
+                ),
             )
         }
         Ok(Err(error)) => {
@@ -278,7 +315,7 @@ fn different(
     counts: Counts,
     difference: &Difference,
     server: &Server,
-    uri: &AMQPUri,
+    address: &Address,
 ) -> Check {
     let holds_jobs = name != topology.results && name != topology.dead;
     let suspects = topology.suspects_queue();
@@ -312,7 +349,7 @@ fn different(
     let remedy = format!(
         "Stop the workers, empty it, delete it and start a worker, which makes it anew:\n  \
          rabbitmqctl delete_queue --vhost {} --if-empty {}\nor give it another name in [amqp].",
-        quoted(&uri.vhost),
+        quoted(&address.uri.vhost),
         quoted(name)
     );
     // Where the broker has a limit of its own, jobs are safe enough.

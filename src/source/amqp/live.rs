@@ -12,13 +12,16 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::acks::Acks;
+use crate::amqp::connect::connect_somewhere;
 use crate::amqp::topology::Topology;
-use crate::amqp::{AmqpError, AmqpOptions, connect, short};
+use crate::amqp::{AmqpError, AmqpOptions, short};
 
 /// How often the queue of suspects is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
 pub(super) struct Live {
+    /// The broker's address, for logs.
+    pub broker: String,
     pub connection: Connection,
     pub channel: Channel,
     /// Of what came on `channel`.
@@ -44,7 +47,7 @@ pub(super) async fn open(
     prefetch: u16,
     waiting: Arc<watch::Sender<bool>>,
 ) -> Result<Live, AmqpError> {
-    let connection = connect(options, "consume").await?;
+    let (connection, address) = connect_somewhere(options, "consume").await?;
     for mismatch in topology.declare(&connection).await? {
         tracing::warn!("{mismatch}");
     }
@@ -60,6 +63,7 @@ pub(super) async fn open(
     let (acks, acking) = Acks::start(channel.clone(), prefetch);
     let (suspect_acks, acking_suspects) = Acks::start(suspects.clone(), 1);
     Ok(Live {
+        broker: address.to_string(),
         connection,
         channel,
         acks,
