@@ -10,6 +10,9 @@
 #   rabbitmq.sh sbin         the folder of the installed RabbitMQ's scripts; fails if there is none
 #   rabbitmq.sh ctl DIR ...  rabbitmqctl; it costs seconds a call, the management API milliseconds
 #
+# A node of a cluster (cluster.sh) has a file DIR/member with its NODE, and with EPMD and EPMD_DIR, port and folder of the
+# epmd that all nodes share; `stop` leaves that to cluster.sh.
+#
 # Before `start`: lines in DIR/extra.conf are added to rabbitmq.conf, with @TLS@ for port TLS of DIR/ports, which is kept
 # free for a TLS listener; names in RABBITMQ_PLUGINS (comma-separated) are added to the plugins.
 set -euo pipefail
@@ -40,13 +43,16 @@ use_its_erlang() {
 # What the broker and rabbitmqctl read. Nothing of a system-wide RabbitMQ (/etc/rabbitmq, /var/lib/rabbitmq) is used.
 load_environment() {
   [[ -s $dir/ports ]] || die "$dir was never started"
+  NODE=angler EPMD_DIR=$dir
   # shellcheck disable=SC1091
   . "$dir/ports"
+  # shellcheck disable=SC1091
+  [[ ! -f $dir/member ]] || . "$dir/member"
   # The cookie is in HOME.
   export HOME="$dir/home"
   # Own epmd, own port: node names need be unique only there, and ending this epmd disturbs nobody.
   export ERL_EPMD_PORT=$EPMD ERL_EPMD_ADDRESS=127.0.0.1
-  export RABBITMQ_NODENAME=angler@localhost RABBITMQ_DIST_PORT=$DIST
+  export RABBITMQ_NODENAME=$NODE@localhost RABBITMQ_DIST_PORT=$DIST
   export RABBITMQ_CTL_DIST_PORT_MIN=$CTL RABBITMQ_CTL_DIST_PORT_MAX=$((CTL + 4))
   export RABBITMQ_MNESIA_BASE="$dir/mnesia" RABBITMQ_SCHEMA_DIR="$dir/schema"
   export RABBITMQ_LOG_BASE="$dir/log" RABBITMQ_LOGS="$dir/log/rabbit.log"
@@ -80,11 +86,11 @@ configure() {
 }
 
 start_epmd() {
-  pid_of "$dir" epmd.pid >/dev/null && return
+  pid_of "$EPMD_DIR" epmd.pid >/dev/null && return
   # Without ours the broker would start one that forks away and outlives it; so ours has to be up first.
   (
-    cd "$dir"
-    setsid epmd -port "$EPMD" -address 127.0.0.1 </dev/null >>log/epmd.log 2>&1 &
+    cd "$EPMD_DIR"
+    setsid epmd -port "$EPMD" -address 127.0.0.1 </dev/null >>"$dir/log/epmd.log" 2>&1 &
     echo $! >epmd.pid
   )
   local tries=200
