@@ -112,28 +112,6 @@ impl DeadLetters {
         Ok(self.0.remove(letter.tag).await?)
     }
 
-    /// Sends it to the queue `jobs` as a new job, and removes it here once the broker has confirmed
-    /// it there. If the connection breaks in between, the job is in both.
-    ///
-    /// # Errors
-    /// [`DeadError`]; it is still here then.
-    pub async fn redrive(
-        &mut self,
-        letter: DeadLetter,
-        publisher: &Publisher,
-        jobs: &str,
-    ) -> Result<(), DeadError> {
-        let properties = letter.properties_again();
-        let publishing = publisher.publish(jobs, &properties, &letter.body);
-        let failed = match timeout(PUBLISH, publishing).await {
-            Ok(Published::Confirmed) => return self.remove(letter).await,
-            Ok(Published::Unroutable) => format!("the queue {jobs} does not exist"),
-            Ok(Published::TooLarge(error)) => error.to_string(),
-            Err(_) => format!("{jobs} did not confirm it within {} s", PUBLISH.as_secs()),
-        };
-        Err(DeadError::NotPublished { job: letter.job, reason: failed })
-    }
-
     /// Gives back everything that was not removed, and ends the turn.
     ///
     /// # Errors
@@ -141,5 +119,24 @@ impl DeadLetters {
     /// removed may be there again.
     pub async fn close(self) -> Result<(), DeadError> {
         Ok(self.0.close().await?)
+    }
+}
+
+impl DeadLetter {
+    /// Sends it to the queue `jobs` as a new job; yields it once the broker has confirmed it there, to be
+    /// removed here. If the connection breaks in between, the job is in both.
+    ///
+    /// # Errors
+    /// [`DeadError`]; it was not sent then.
+    pub async fn send_again(self, publisher: &Publisher, jobs: &str) -> Result<Self, DeadError> {
+        let properties = self.properties_again();
+        let publishing = publisher.publish(jobs, &properties, &self.body);
+        let reason = match timeout(PUBLISH, publishing).await {
+            Ok(Published::Confirmed) => return Ok(self),
+            Ok(Published::Unroutable) => format!("the queue {jobs} does not exist"),
+            Ok(Published::TooLarge(error)) => error.to_string(),
+            Err(_) => format!("{jobs} did not confirm it within {} s", PUBLISH.as_secs()),
+        };
+        Err(DeadError::NotPublished { job: self.job, reason })
     }
 }

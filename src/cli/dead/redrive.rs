@@ -2,14 +2,19 @@
 
 use anyhow::Result;
 use clap::Args;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesOrdered;
 use serde::Serialize;
 
 use super::{Chosen, end, letters, nothing, rest};
-use crate::amqp::dead::{DeadLetter, DeadLetters, Filter};
+use crate::amqp::dead::{DeadError, DeadLetter, DeadLetters, Filter};
 use crate::amqp::publisher::Publisher;
 use crate::amqp::topology::Topology;
 use crate::app::App;
 use crate::cli::tables::show;
+
+/// Jobs that are sent before the confirm of the first is awaited.
+const IN_FLIGHT: usize = 32;
 
 /// Send jobs that were given up on again, as new ones
 ///
@@ -71,21 +76,51 @@ impl RedriveCommand {
         lanes: &[Topology],
         outcome: &mut Outcome<'_>,
     ) -> Result<()> {
-        let limit = self.chosen.limit.unwrap_or(u64::MAX);
-        while outcome.matched < limit
-            && let Some(letter) = dead.next().await?
-        {
-            if !filter.matches(&letter) {
-                continue;
+        let mut sending = FuturesOrdered::new();
+        let (mut failed, mut more) = (None, true);
+        loop {
+            while more && sending.len() < IN_FLIGHT {
+                match self.choose(dead, filter, outcome).await {
+                    Ok(Some(letter)) if !self.dry_run => {
+                        let to = came_from(&letter, lanes);
+                        sending.push_back(letter.send_again(publisher, to));
+                    }
+                    Ok(Some(_)) => {}
+                    Ok(None) => more = false,
+                    Err(error) => (failed, more) = (Some(error), false),
+                }
             }
-            outcome.matched += 1;
-            if !self.dry_run {
-                let to = came_from(&letter, lanes);
-                dead.redrive(letter, publisher, to).await?;
-                outcome.redriven += 1;
+            // Also after a failure: what was sent meanwhile has to go.
+            let sent = match sending.next().await {
+                None => break,
+                Some(Ok(letter)) => dead.remove(letter).await,
+                Some(Err(error)) => Err(error),
+            };
+            match sent {
+                Ok(()) => outcome.redriven += 1,
+                Err(error) => (failed, more) = (failed.or(Some(error)), false),
             }
         }
-        Ok(())
+        failed.map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// The next dead letter that is meant; `None` if there are no more, or enough.
+    async fn choose(
+        &self,
+        dead: &mut DeadLetters,
+        filter: &Filter,
+        outcome: &mut Outcome<'_>,
+    ) -> Result<Option<DeadLetter>, DeadError> {
+        if outcome.matched >= self.chosen.limit.unwrap_or(u64::MAX) {
+            return Ok(None);
+        }
+        while let Some(letter) = dead.next().await? {
+            if filter.matches(&letter) {
+                outcome.matched += 1;
+                return Ok(Some(letter));
+            }
+        }
+        Ok(None)
     }
 }
 
