@@ -305,6 +305,7 @@ impl Settings {
             images_in_flight: l.images_in_flight,
             bytes_in_flight: l.bytes_in_flight,
             image_time: Duration::from_secs_f64(l.image_seconds),
+            wait_time: Duration::from_secs_f64(l.job_seconds),
             decoders: match l.decoders {
                 0 => std::thread::available_parallelism().map_or(1, usize::from),
                 some => some,

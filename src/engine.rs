@@ -27,6 +27,7 @@ use crate::embed::{Backend, ClassMemory, Embedder};
 use crate::error::{FatalError, ImageError};
 use crate::metrics::{Clock, Metrics};
 use crate::score::{ClassScore, Scorer};
+use crate::stopwatch::Stopwatch;
 use crate::trace::JobTrace;
 use crate::watchdog::Step;
 use batcher::{BatchPolicy, CloseReason};
@@ -47,6 +48,8 @@ pub struct Want {
     pub embedding: bool,
     /// The span of its job, if one is sent: batches are linked to it.
     pub trace: Option<JobTrace>,
+    /// Takes the time of the image's own work, and runs while its batch is embedded.
+    pub watch: Option<Stopwatch>,
 }
 
 /// What came of one image.

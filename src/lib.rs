@@ -37,6 +37,7 @@ pub mod score;
 pub mod shutdown;
 pub mod sink;
 pub mod source;
+pub mod stopwatch;
 pub mod store;
 pub mod telemetry;
 pub mod tls;

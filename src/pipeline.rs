@@ -2,7 +2,9 @@
 //! [`crate::classes::build`] for every reference image.
 //!
 //! Fetching is async; decoding runs on blocking threads, as many as there are cores; the rest is
-//! the engine's. Each step runs against one deadline, the image's.
+//! the engine's. An image's time is that of its own work: its [`Stopwatch`] stands still while it
+//! waits for a request, for bytes, for a decoder, for a frame or for its batch. How long it may
+//! wait is its job's affair, and no wait is longer than `wait_time`.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -16,6 +18,7 @@ use crate::error::{ImageError, ImageErrorCode};
 use crate::metrics::{Clock, Metrics, Stage};
 use crate::outage::Outage;
 use crate::preprocess::{Decoded, PixelLimits, PixelSpec, decode_for};
+use crate::stopwatch::Stopwatch;
 use crate::store::{ByteBudget, Fetched, ImageStore};
 use crate::watchdog::Step;
 
@@ -35,8 +38,10 @@ pub struct ImageLimits {
     pub images_in_flight: usize,
     /// Encoded bytes in memory at once.
     pub bytes_in_flight: usize,
-    /// The time of one image, from its admission to its score.
+    /// The time of one image's own work.
     pub image_time: Duration,
+    /// The time of one image, waiting for others included.
+    pub wait_time: Duration,
     /// Images decoded at once.
     pub decoders: usize,
 }
@@ -48,6 +53,7 @@ pub struct Pipeline {
     spec: PixelSpec,
     pixel_limits: PixelLimits,
     image_time: Duration,
+    wait_time: Duration,
     budget: ByteBudget,
     slots: Arc<Semaphore>,
     decoders: Arc<Semaphore>,
@@ -69,6 +75,7 @@ impl Pipeline {
             spec,
             pixel_limits: PixelLimits { max_pixels: limits.image_pixels },
             image_time: limits.image_time,
+            wait_time: limits.wait_time,
             budget: ByteBudget::new(limits.bytes_in_flight, limits.image_bytes),
             slots: Arc::new(Semaphore::new(limits.images_in_flight.max(1))),
             decoders: Arc::new(Semaphore::new(limits.decoders.max(1))),
@@ -144,23 +151,27 @@ impl Pipeline {
     pub async fn image(
         &self,
         uri: &str,
-        want: Want,
+        mut want: Want,
         slot: OwnedSemaphorePermit,
     ) -> Result<Scored, SubmitError> {
         let _slot = slot;
         let _in_flight = self.metrics().image();
-        let deadline = Instant::now() + self.image_time;
-        let fetched = self.within(deadline, "fetched", self.fetch(uri)).await??;
-        let frame = self.within(deadline, "decoded", self.decode(fetched)).await??;
-        self.within(deadline, "classified", self.engine.submit(frame, want)).await?
+        let time = Time { watch: Stopwatch::started(), end: Instant::now() + self.wait_time };
+        let fetched = self.within(&time, "fetched", self.fetch(uri, &time.watch)).await??;
+        let frame = self.within(&time, "decoded", self.decode(fetched, &time.watch)).await??;
+        // Until its batch is embedded.
+        time.watch.stop();
+        want.watch = Some(time.watch.clone());
+        self.within(&time, "classified", self.engine.submit(frame, want)).await?
     }
 
     /// A fault of the store that may pass is waited out for a moment, within the image's time.
-    async fn fetch(&self, uri: &str) -> Result<Fetched, ImageError> {
+    async fn fetch(&self, uri: &str, watch: &Stopwatch) -> Result<Fetched, ImageError> {
         let _step = self.metrics().timed(Stage::Fetch);
+        let budget = self.budget.timed_by(watch);
         let mut tries = 0;
         loop {
-            let fetched = self.store.fetch(uri, &self.budget).await;
+            let fetched = self.store.fetch(uri, &budget).await;
             if let Ok(fetched) = &fetched {
                 self.metrics().fetched(fetched.bytes.len());
             }
@@ -186,10 +197,10 @@ impl Pipeline {
     /// Decodes into a frame of the engine's. The frame is claimed only once the image is decoded:
     /// a batch that closes waits for those who write. The decoder's place is held until then, so
     /// that no more decoded images wait than there are decoders.
-    async fn decode(&self, fetched: Fetched) -> Result<Frame, SubmitError> {
+    async fn decode(&self, fetched: Fetched, watch: &Stopwatch) -> Result<Frame, SubmitError> {
         let queued = self.metrics().timed(Stage::Queue);
-        let decoder = Arc::clone(&self.decoders)
-            .acquire_owned()
+        let decoder = watch
+            .waiting(Arc::clone(&self.decoders).acquire_owned())
             .await
             .map_err(|_| ImageError::new(ImageErrorCode::Internal, "the decoders were closed"))?;
         drop(queued);
@@ -208,7 +219,8 @@ impl Pipeline {
         match decoded {
             (Written::Frame(frame), _) => Ok(frame),
             (Written::Waits(decoded), decoder) => {
-                let (spec, frame) = (self.spec.clone(), self.engine.frame().await?);
+                let frame = watch.waiting(self.engine.frame()).await?;
+                let spec = self.spec.clone();
                 let write = move || resized(&decoded, &spec, frame);
                 let (frame, _) = self.on_a_decoder(decoder, spent, write).await?;
                 Ok(frame)
@@ -240,20 +252,27 @@ impl Pipeline {
 
     async fn within<T>(
         &self,
-        deadline: Instant,
+        time: &Time,
         step: &str,
         work: impl Future<Output = T>,
     ) -> Result<T, ImageError> {
-        timeout_at(deadline, work).await.map_err(|_| {
-            ImageError::new(
-                ImageErrorCode::Timeout,
-                format!(
-                    "not {step} within {} s (limits.image_seconds)",
-                    self.image_time.as_secs_f64()
-                ),
-            )
-        })
+        let (limit, setting) =
+            match timeout_at(time.end, time.watch.within(self.image_time, work)).await {
+                Ok(Some(done)) => return Ok(done),
+                Ok(None) => (self.image_time, "limits.image_seconds"),
+                Err(_) => (self.wait_time, "limits.job_seconds"),
+            };
+        let message = format!("not {step} within {} s ({setting})", limit.as_secs_f64());
+        Err(ImageError::new(ImageErrorCode::Timeout, message))
     }
+}
+
+/// An image's time.
+struct Time {
+    /// Of its own work.
+    watch: Stopwatch,
+    /// When it is over, whatever the image waits for.
+    end: Instant,
 }
 
 /// The time that an image is being decoded, without waiting for a frame; recorded at the end, also if

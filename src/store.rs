@@ -4,6 +4,7 @@ pub mod local;
 pub mod s3;
 pub mod shared;
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -13,6 +14,7 @@ use futures_util::stream::BoxStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::{ImageError, ImageErrorCode};
+use crate::stopwatch::Stopwatch;
 
 /// Fetches images.
 #[async_trait]
@@ -49,6 +51,7 @@ pub struct Fetched {
 pub struct ByteBudget {
     bytes: Arc<Semaphore>,
     image_bytes: u32,
+    watch: Option<Stopwatch>,
 }
 
 impl ByteBudget {
@@ -56,7 +59,29 @@ impl ByteBudget {
     /// use its limit, so `in_flight` is raised to it if it is smaller.
     pub fn new(in_flight: usize, image_bytes: u32) -> Self {
         let in_flight = in_flight.max(image_bytes as usize).min(Semaphore::MAX_PERMITS);
-        Self { bytes: Arc::new(Semaphore::new(in_flight)), image_bytes }
+        Self { bytes: Arc::new(Semaphore::new(in_flight)), image_bytes, watch: None }
+    }
+
+    /// The same budget, for one image, whose time is taken by `watch`.
+    #[must_use]
+    pub fn timed_by(&self, watch: &Stopwatch) -> Self {
+        Self { watch: Some(watch.clone()), ..self.clone() }
+    }
+
+    /// Awaits what only waits for other images: meanwhile this image's time stands still.
+    pub async fn waiting<T>(&self, wait: impl Future<Output = T>) -> T {
+        match &self.watch {
+            Some(watch) => watch.waiting(wait).await,
+            None => wait.await,
+        }
+    }
+
+    /// Awaits work that others share: this image's time runs when that work's does.
+    async fn as_runs<T>(&self, work_of: &Stopwatch, work: impl Future<Output = T>) -> T {
+        match &self.watch {
+            Some(watch) => watch.following(work_of, work).await,
+            None => work.await,
+        }
     }
 
     /// Waits until `bytes` more fit. Called before the bytes are read.
@@ -66,8 +91,7 @@ impl ByteBudget {
     pub async fn reserve(&self, bytes: u64) -> Result<Arc<OwnedSemaphorePermit>, ImageError> {
         let fits = u32::try_from(bytes).ok().filter(|b| *b <= self.image_bytes);
         let Some(bytes) = fits else { return Err(self.too_large(&bytes.to_string())) };
-        Arc::clone(&self.bytes)
-            .acquire_many_owned(bytes)
+        self.waiting(Arc::clone(&self.bytes).acquire_many_owned(bytes))
             .await
             .map(Arc::new)
             .map_err(|_| ImageError::new(ImageErrorCode::Internal, "the byte budget was closed"))

@@ -51,6 +51,8 @@ const LAYERS: &[(&str, Layer)] = &[
     ("classes::embedded", Values),
     ("classes::medoids", Values),
     ("classes::outliers", Values),
+    // An image's time, which the store's adapters stop while they make it wait.
+    ("stopwatch", Ports),
     ("source", Ports),
     ("store", Ports),
     ("sink", Ports),

@@ -104,6 +104,7 @@ async fn child() {
         images_in_flight: 64,
         bytes_in_flight: 64 << 20,
         image_time: minute,
+        wait_time: minute,
         decoders: 2,
     };
     let labels = ["red", "green", "blue"].map(str::to_owned).to_vec();

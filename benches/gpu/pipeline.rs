@@ -159,6 +159,7 @@ async fn run(stage: &Stage, images: Vec<Bytes>) -> Result<Ran> {
         images_in_flight: 256,
         bytes_in_flight: 256 << 20,
         image_time: Duration::from_secs(60),
+        wait_time: Duration::from_secs(900),
         decoders: stage.cores,
     };
     let store = Arc::new(Memory(images));

@@ -106,6 +106,23 @@ fn gone(reason: String, images: Vec<Image>, pixels: &[u8]) -> ControlFlow<Gone> 
     ControlFlow::Break(Gone { reason, left: Left { images, pixels: pixels.to_vec() } })
 }
 
+/// Drops the images whose tasks are gone: their jobs ended or were lost. The pixels of the last ones
+/// move into their places. Yields how many bytes of the pixels are left.
+fn keep_awaited(images: &mut Vec<Image>, pixels: &mut [u8]) -> usize {
+    let frame = pixels.len().checked_div(images.len()).unwrap_or(0);
+    let mut at = 0;
+    while at < images.len() {
+        if !images[at].reply.is_closed() {
+            at += 1;
+            continue;
+        }
+        images.swap_remove(at);
+        let last = images.len() * frame;
+        pixels.copy_within(last..last + frame, at * frame);
+    }
+    images.len() * frame
+}
+
 /// How far the back end brought a batch.
 enum Ran {
     Scored(Scores),
@@ -148,16 +165,16 @@ impl Executor {
                 work.blocking_recv()
             };
             let outcome = match next {
-                Some(Work::Batch(Batch { images, joined, frames, closed })) => {
+                Some(Work::Batch(Batch { mut images, mut joined, frames, closed })) => {
                     self.waited(&images);
-                    self.trace = self.begin_trace(&images, Some(closed));
-                    let outcome = self.batch(images, &joined.pixels);
+                    let kept = keep_awaited(&mut images, &mut joined.pixels);
+                    let outcome = self.begin(images, &joined.pixels[..kept], Some(closed));
                     frames.recycle(joined);
                     outcome
                 }
-                Some(Work::Left(Left { images, pixels })) => {
-                    self.trace = self.begin_trace(&images, None);
-                    self.batch(images, &pixels)
+                Some(Work::Left(Left { mut images, mut pixels })) => {
+                    let kept = keep_awaited(&mut images, &mut pixels);
+                    self.begin(images, &pixels[..kept], None)
                 }
                 None => return,
             };
@@ -172,6 +189,23 @@ impl Executor {
             }
             self.shared.in_flight.send_modify(|count| *count = count.saturating_sub(1));
         }
+    }
+
+    /// Works on a batch, unless nobody waits for it any more.
+    fn begin(
+        &mut self,
+        images: Vec<Image>,
+        pixels: &[u8],
+        closed: Option<CloseReason>,
+    ) -> ControlFlow<Gone> {
+        if images.is_empty() {
+            return ControlFlow::Continue(());
+        }
+        for watch in images.iter().filter_map(|image| image.want.watch.as_ref()) {
+            watch.share(images.len());
+        }
+        self.trace = self.begin_trace(&images, closed);
+        self.batch(images, pixels)
     }
 
     /// Ends this thread: others take what it leaves, or the engine is broken. Images that are

@@ -168,7 +168,7 @@ impl ImageStore for S3Images {
                 format!("bucket {bucket} is not in s3.allowed_buckets"),
             ));
         }
-        let _turn = self.requests.acquire().await.map_err(|_| {
+        let _turn = budget.waiting(self.requests.acquire()).await.map_err(|_| {
             ImageError::new(ImageErrorCode::Internal, "the store's request limit was closed")
         })?;
         let asked = Instant::now();

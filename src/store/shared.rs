@@ -19,6 +19,7 @@ use futures_util::future::{BoxFuture, Shared, WeakShared};
 
 use super::{ByteBudget, Fetched, ImageStore};
 use crate::error::{ImageError, ImageErrorCode};
+use crate::stopwatch::Stopwatch;
 
 type Request = BoxFuture<'static, Result<Fetched, ImageError>>;
 
@@ -43,6 +44,8 @@ struct Flight {
     number: u64,
     /// What the bytes are charged to: callers of another budget do not join.
     budget: ByteBudget,
+    /// Its own work: stands still while it waits for other flights.
+    watch: Stopwatch,
     /// Weak, so that it ends with the last who waits for it.
     request: WeakShared<Request>,
 }
@@ -61,22 +64,25 @@ impl SharedImages {
     }
 
     /// The flight under way for this URI, or a new one.
-    fn join(&self, uri: &str, budget: &ByteBudget) -> Shared<Request> {
+    fn join(&self, uri: &str, budget: &ByteBudget) -> (Shared<Request>, Stopwatch) {
         let mut open = self.flights.open();
         if let Some(flight) = open.by_uri.get(uri)
             && flight.budget.is_same(budget)
             && let Some(request) = flight.request.upgrade()
         {
-            return request;
+            return (request, flight.watch.clone());
         }
         open.count += 1;
         let (number, uri) = (open.count, Arc::<str>::from(uri));
         let landing = Landing { flights: Arc::clone(&self.flights), uri: Arc::clone(&uri), number };
-        let request = request(Arc::clone(&self.store), budget.clone(), landing).shared();
+        let watch = Stopwatch::started();
+        let request = request(Arc::clone(&self.store), budget.timed_by(&watch), landing).shared();
         if let Some(weak) = request.downgrade() {
-            open.by_uri.insert(uri, Flight { number, budget: budget.clone(), request: weak });
+            let flight =
+                Flight { number, budget: budget.clone(), watch: watch.clone(), request: weak };
+            open.by_uri.insert(uri, flight);
         }
-        request
+        (request, watch)
     }
 }
 
@@ -98,8 +104,8 @@ fn request(store: Arc<dyn ImageStore>, budget: ByteBudget, landing: Landing) -> 
 impl ImageStore for SharedImages {
     async fn fetch(&self, uri: &str, budget: &ByteBudget) -> Result<Fetched, ImageError> {
         // A statement of its own: the lock is free again while the flight is awaited.
-        let request = self.join(uri, budget);
-        request.await
+        let (request, watch) = self.join(uri, budget);
+        budget.as_runs(&watch, request).await
     }
 
     /// Never shared: a flight under way may have been admitted before the credentials changed.

@@ -119,6 +119,7 @@ impl Core {
                 embedding: job.embeddings,
                 shadow: candidate.clone(),
                 trace: underway.sent_trace(),
+                watch: None,
             };
             images.push(self.start_image(uri.clone(), want, slot));
         }

@@ -140,6 +140,7 @@ async fn an_image_that_waits_too_long_for_the_engine_says_so() {
     let mut run = rig.start();
     run.job("a", &["9,0,0"]);
     until("the engine has it", || run.batches() == [1]).await;
+    quiet().await;
     tokio::time::advance(11 * SECOND).await;
     until("the result is there", || run.sink.ids() == ["a"]).await;
     drop(hold);
@@ -198,4 +199,71 @@ async fn an_image_over_the_limits_is_told_so() {
     assert_eq!(verdicts(&result), ["too_large", "unsupported_format"]);
     assert!(message(&entries(&result)[0]).contains("limits.image_bytes"), "{result:?}");
     assert_eq!(ImageErrorCode::TooLarge.as_str(), "too_large");
+}
+
+#[tokio::test(start_paused = true)]
+async fn images_that_wait_for_others_have_all_the_time_of_their_job() {
+    let _clock = Frozen::clock();
+    let mut rig = Rig::default();
+    rig.limits.image_time = 10 * SECOND;
+    let hold = rig.hold_engine();
+    let mut run = rig.start();
+    run.job("held", &["9,0,0"]);
+    until("the engine is busy", || run.batches() == [1]).await;
+    run.job("waits", &["0,9,0"; 60]);
+    until("all are fetched", || {
+        (run.store.fetching.started(), run.store.fetching.now()) == (61, 0)
+    })
+    .await;
+    quiet().await;
+    tokio::time::advance(1000 * SECOND).await;
+    until("the one that is being embedded is given up", || run.sink.ids() == ["held"]).await;
+    drop(hold);
+    run.finished().await;
+    assert_eq!(verdicts(&run.result("held")), ["timeout"]);
+    assert_eq!(verdicts(&run.result("waits")), ["green"; 60]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_its_batchs_time_an_image_spends_its_part() {
+    let _clock = Frozen::clock();
+    let mut rig = Rig::default();
+    rig.limits.image_time = 10 * SECOND;
+    rig.policy.linger = LONG;
+    let hold = rig.hold_engine();
+    let mut run = rig.start();
+    run.job("a", &["9,0,0"; 8]);
+    until("the engine has all", || run.batches() == [8]).await;
+    quiet().await;
+    tokio::time::advance(70 * SECOND).await;
+    quiet().await;
+    assert!(run.sink.ids().is_empty(), "10 s for each of 8");
+    drop(hold);
+    assert_eq!(verdicts(&run.only_result().await), ["red"; 8]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn images_whose_job_is_over_are_not_embedded() {
+    let _clock = Frozen::clock();
+    let mut rig = Rig::default();
+    rig.options.job_time = 20 * SECOND;
+    let hold = rig.hold_engine();
+    let mut run = rig.start();
+    run.job("held", &["9,0,0"]);
+    until("the engine is busy", || run.batches() == [1]).await;
+    // More than a batch.
+    run.job("over", &["0,9,0"; 12]);
+    until("all are fetched", || {
+        (run.store.fetching.started(), run.store.fetching.now()) == (13, 0)
+    })
+    .await;
+    quiet().await;
+    tokio::time::advance(21 * SECOND).await;
+    until("both are over", || run.sink.ids().len() == 2).await;
+    drop(hold);
+    run.job("after", &["0,0,9"]);
+    run.finished().await;
+    assert_eq!(verdicts(&run.result("over")), ["timeout"; 12]);
+    assert_eq!(verdicts(&run.result("after")), ["blue"]);
+    assert_eq!(run.batches(), [1, 1], "only what somebody waits for");
 }

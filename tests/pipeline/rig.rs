@@ -283,6 +283,7 @@ impl Default for Rig {
                 images_in_flight: 64,
                 bytes_in_flight: 64 << 20,
                 image_time: LONG,
+                wait_time: LONG,
                 decoders: 2,
             },
             options: WorkerOptions {
