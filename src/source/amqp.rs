@@ -268,7 +268,7 @@ impl AmqpSource {
             "delivered again: workers ended while they held this job, which now runs alone"
         );
         self.moving.spawn(async move {
-            lost.run_until_cancelled(message.set_apart()).await;
+            lost.run_until_cancelled(Box::pin(message.set_apart())).await;
         });
     }
 

@@ -118,7 +118,7 @@ async fn send(publisher: &Publisher, queue: &str, body: &[u8]) -> Result<()> {
     match sent.context("the broker does not confirm a job")? {
         Published::Confirmed => Ok(()),
         Published::Unroutable => bail!("the queue {queue} is gone"),
-        Published::TooLarge(error) => return Err(error.into()),
+        Published::TooLarge(error) => Err(error.into()),
     }
 }
 
