@@ -27,10 +27,13 @@ use crate::control::{Answer, MAX_REQUEST_BYTES, REPLY_TYPE, REQUEST_TYPE, Reply,
 const QUEUE_LENGTH: i64 = 1000;
 /// Requests that a worker answers at once.
 const AT_ONCE: usize = 16;
+/// What publishing a reply may take. Under a memory or disk alarm the broker accepts none, but still
+/// delivers requests: those must not wait for replies.
+const REPLY: Duration = Duration::from_secs(2);
 /// What the broker may take to answer a command.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// A worker's ear.
+/// Listens on the control exchange.
 pub struct ControlListener {
     options: AmqpOptions,
     topology: Topology,
@@ -117,8 +120,8 @@ impl ControlListener {
         let reply = |answer| self.reply(channel, &message.properties, answer);
         match request {
             Request::Activated { set, .. } => {
-                reply(Answer::Heard).await;
-                let set = self.catalog.refresh(&set).await;
+                // The version is loaded whether or not anyone can be told.
+                let ((), set) = tokio::join!(reply(Answer::Heard), self.catalog.refresh(&set));
                 reply(Answer::Serving { set }).await;
             }
             Request::Status => reply(Answer::Status { sets: self.catalog.status() }).await,
@@ -142,9 +145,11 @@ impl ControlListener {
             properties = properties.with_correlation_id(id.clone());
         }
         let options = BasicPublishOptions::default();
-        let sent = channel.basic_publish("".into(), to.clone(), options, &body, properties).await;
-        if let Err(error) = sent {
-            tracing::debug!("a reply to a control request is lost: {error}");
+        let sending = channel.basic_publish("".into(), to.clone(), options, &body, properties);
+        match timeout(REPLY, sending).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::debug!("lost a reply to a control request: {error}"),
+            Err(_) => tracing::debug!("lost a reply to a control request: the broker blocks"),
         }
     }
 }

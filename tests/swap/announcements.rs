@@ -1,10 +1,18 @@
 //! An announcement may be lost: what is active is served all the same.
 
-use crate::support::eventually;
+use lapin::BasicProperties;
+use lapin::options::BasicPublishOptions;
+use serde_json::{Value, json};
+
+use crate::support::servers::Server;
+use crate::support::{Broker, Client, eventually};
 use crate::world::{SET, World, colours, labels, serves, status};
 
 async fn two_versions(poll_seconds: &str) -> (World, Vec<String>) {
-    let mut world = World::new().await;
+    prepared(World::new().await, poll_seconds).await
+}
+
+async fn prepared(mut world: World, poll_seconds: &str) -> (World, Vec<String>) {
     let images = world.images().await;
     world.put_colours("1").await;
     world.put_colours("2").await;
@@ -64,4 +72,40 @@ async fn what_changed_while_a_listener_was_cut_off_is_served_once_it_is_back() {
     assert_eq!(world.announce(&client, SET).await["version"], "1");
     assert_eq!(labels(&client, &mut results, &images, SET).await, colours("1"));
     drop(worker);
+}
+
+/// Sends a request to all workers and waits for no reply.
+async fn request(client: &Client, request: &Value) {
+    let properties = BasicProperties::default()
+        .with_type("control.v1".into())
+        .with_correlation_id("1".into())
+        .with_reply_to("replies".into());
+    let (options, body) = (BasicPublishOptions::default(), request.to_string());
+    let (exchange, everyone) = ("angler.control".into(), "".into());
+    let channel = &client.channel;
+    let sent = channel.basic_publish(exchange, everyone, options, body.as_bytes(), properties);
+    sent.await.unwrap().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_announcement_does_not_wait_for_replies_that_the_broker_blocks() {
+    let server = Server::rabbitmq("");
+    let (world, _) = prepared(World::at(Broker::of(&server)).await, "3600").await;
+    let worker = world.setup.start().await;
+    let client = world.broker.connect().await;
+    client.private_queue("replies").await;
+    serves(&worker, "1").await;
+    // More requests than a worker answers at once reach it right before an alarm.
+    worker.signal("STOP");
+    for _ in 0..40 {
+        request(&client, &json!({"kind": "status"})).await;
+    }
+    world.put_active(SET, r#"{"version":"2"}"#).await;
+    request(&client, &json!({"kind": "activated", "set": SET, "version": "2"})).await;
+    server.ctl(&["set_vm_memory_high_watermark", "absolute", "1MB"]);
+    let is_alarmed = || world.broker.manage("GET", "nodes", None)[0]["mem_alarm"] == true;
+    eventually("the alarm", async || is_alarmed().then_some(())).await;
+    worker.signal("CONT");
+    serves(&worker, "2").await;
+    assert!(is_alarmed(), "the alarm ended too early for this test");
 }

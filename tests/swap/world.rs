@@ -49,7 +49,11 @@ impl Ran {
 
 impl World {
     pub async fn new() -> Self {
-        let (broker, bucket) = (Broker::new().await, Bucket::new().await);
+        Self::at(Broker::new().await).await
+    }
+
+    pub async fn at(broker: Broker) -> Self {
+        let bucket = Bucket::new().await;
         let mut setup = Setup::worker(&broker, &format!("s3://{}/classes", bucket.name));
         setup.set("model.path", MODEL);
         let model = Model::load(MODEL).unwrap().fingerprint;
