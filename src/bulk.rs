@@ -9,6 +9,7 @@ pub mod cancelled;
 pub mod collector;
 pub mod embeddings;
 pub mod enqueuer;
+pub mod have;
 pub mod journal;
 pub mod manifest;
 pub mod mark;

@@ -1,51 +1,79 @@
 //! Takes a run's results from its queue into a [`Journal`].
+//!
+//! One collector at a time: it holds the run's turn at the broker, on the connection that consumes. So
+//! what it acks is in its own journal, and nobody else's.
+
+mod watch;
 
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions};
+use lapin::message::Delivery;
+use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, Connection, Consumer};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::journal::Journal;
-use super::mark::{self, MarkError};
-use super::queues::RunQueues;
+use self::watch::Watch;
+use super::have::Added;
+use super::journal::{Journal, JournalError};
+use super::queues::{IdQueues, RunQueues};
 use super::reconnect::{self, Failed, Reconnect};
-use super::result::line_of;
-use crate::amqp::ask::{answer, is_missing};
+use super::result::{RunResult, line_of};
+use crate::amqp::ask::{answer, is_missing, look};
+use crate::amqp::turn::{Turn, TurnError};
 use crate::amqp::{AmqpError, AmqpOptions, short};
 
-/// Results that are taken and not acked yet.
+/// Results that are delivered and not acked yet.
 const IN_FLIGHT: u16 = 512;
 /// After so many, or so long, what was taken is made safe and acked.
 const SYNC: usize = 256;
 const SYNC_AFTER: Duration = Duration::from_millis(250);
-/// How often it is looked whether the run was cancelled.
+/// How long no result comes when the last one was taken. Then the queue is looked at.
+const QUIET: Duration = Duration::from_millis(50);
+/// The longest wait for a result before everything else is looked at again.
 const LOOK: Duration = Duration::from_secs(1);
-/// How long after it was, whoever enqueues it has certainly stopped.
+/// How long after a run was cancelled its sender has certainly stopped.
 const SETTLED: Duration = Duration::from_secs(3);
+/// How long to wait for another collector, which may just have been killed, to end its turn.
+const TURN: Duration = Duration::from_secs(5);
+/// How long to wait for the turn again after the connection was lost. This collector's own connection
+/// keeps it until the broker notices: it may have to miss heartbeats first.
+const TURN_AGAIN: Duration = Duration::from_secs(150);
 
 /// Why collecting ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// There is a result of each job.
-    Complete,
-    /// The run was cancelled, and there is a result of each job that was sent.
+    /// Each job of the run has a result.
+    Complete {
+        /// `true` if the run was cancelled all the same.
+        cancelled: bool,
+    },
+    /// The run was cancelled, and each job that was sent has a result.
     Cancelled,
+    /// Nothing was left to take for now ([`Until::empty`]).
+    Empty,
     /// It was asked to.
     Stopped,
     /// Too many images failed, or whole jobs.
     Failing,
-    /// Nothing came for so long.
+    /// No result came for [`Until::silence`].
     Silent,
+}
+
+impl Ended {
+    /// `true` if the queue must be empty when collecting ends like this. Behind the last result may be a
+    /// better one of a job that failed before.
+    fn is_final(self) -> bool {
+        matches!(self, Self::Complete { .. } | Self::Cancelled | Self::Empty)
+    }
 }
 
 /// Why a run cannot be collected.
 #[derive(Debug, thiserror::Error)]
 pub enum CollectError {
-    /// There is no such run.
+    /// The broker has no such run.
     #[error(
         "there is no run {run} (no queue {queue}): it was never enqueued here, or it was collected"
     )]
@@ -55,191 +83,233 @@ pub enum CollectError {
         /// The queue of its results.
         queue: String,
     },
+    /// Another collector has the run's turn.
+    #[error(
+        "another command is collecting run {run}: let it finish, or stop it and repeat its command, with its --out on its machine, which has the results that it took"
+    )]
+    Busy {
+        /// The run's id.
+        run: String,
+    },
     /// Results cannot be kept.
-    #[error("results cannot be kept: {0}")]
-    Journal(#[from] std::io::Error),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
 }
 
-/// What decides when it ends.
+/// What decides when collecting ends.
 #[derive(Clone, Copy)]
 pub struct Until<'a> {
-    /// Whoever wants to stop.
+    /// Ends it at once.
     pub stop: &'a CancellationToken,
-    /// How long nothing may come, as long as this says so.
+    /// Ends it when no result comes for this long.
     pub silence: Duration,
+    /// Ends it when no result waits.
+    pub empty: bool,
 }
 
-impl From<MarkError> for Failed<CollectError> {
-    fn from(error: MarkError) -> Self {
-        Self::Connection(error.to_string())
-    }
-}
-
-impl From<std::io::Error> for Failed<CollectError> {
-    fn from(error: std::io::Error) -> Self {
+impl From<JournalError> for Failed<CollectError> {
+    fn from(error: JournalError) -> Self {
         Self::Final(error.into())
     }
 }
 
-/// Takes results until the run is complete or `until` says so. `seen` is told of each new one, and
-/// may end it by returning false.
+/// Takes results until the run is complete or `until` says so. `seen` is told of each result that adds
+/// something, with its job's number, and may end the collecting by returning `false`.
+///
+/// * `journal`: the run's, claimed ([`Journal::claim`]).
 ///
 /// # Errors
-/// [`CollectError`]. What was taken is in the journal, the rest in the queue.
+/// [`CollectError`]. What was acked is in the journal, everything else in the queue.
 pub async fn collect(
     options: &AmqpOptions,
     queues: &RunQueues,
-    run: &str,
     journal: &mut Journal,
     until: Until<'_>,
-    mut seen: impl FnMut(&[u8]) -> bool,
+    mut seen: impl FnMut(u64, RunResult, Added) -> bool,
 ) -> Result<Ended, CollectError> {
-    if journal.have().is_complete() {
-        return Ok(Ended::Complete);
-    }
-    let Until { stop, silence } = until;
+    let Until { stop, silence, .. } = until;
     let connections = Reconnect { options, role: "collect", stop, patience: silence };
-    let mut cancelled = None;
+    let watch = Watch::start(options.clone(), queues.clone(), journal.run().nonce.clone());
+    let mut patience = TURN;
     let ended = connections
         .run(async |connection, last| {
-            let asking = confirming(connection).await?;
-            let looked = None;
-            let cancelled = &mut cancelled;
-            let mut taking =
-                Taking { queues, run, journal, until, connection, asking, looked, cancelled, last };
+            turn(connection, &queues.id, patience).await?;
+            patience = silence.min(TURN_AGAIN);
+            let channel = answer(connection.create_channel()).await?;
+            answer(channel.basic_qos(IN_FLIGHT, BasicQosOptions::default())).await?;
+            let watch = &watch;
+            let mut taking = Taking { queues, journal, until, channel, watch, last, unacked: None };
             taking.take(&mut seen).await
         })
         .await?;
     Ok(match ended {
+        reconnect::Ended::Done(Ended::Complete { .. }) => {
+            Ended::Complete { cancelled: watch.answer().await }
+        }
         reconnect::Ended::Done(ended) => ended,
         reconnect::Ended::Stopped => Ended::Stopped,
         reconnect::Ended::Away(_) => Ended::Silent,
     })
 }
 
-/// A channel that confirms.
-async fn confirming(connection: &Connection) -> Result<Channel, AmqpError> {
-    let channel = answer(connection.create_channel()).await?;
-    answer(channel.confirm_select(ConfirmSelectOptions::default())).await?;
-    Ok(channel)
+/// Takes the run's turn, which ends with `connection`.
+async fn turn(connection: &Connection, names: &IdQueues, patience: Duration) -> Outcome<()> {
+    match Turn::take(connection, &names.collector, patience).await {
+        Ok(_) => Ok(()),
+        Err(TurnError::Amqp(error)) => Err(error.into()),
+        Err(TurnError::Busy { .. }) => {
+            Err(Failed::Final(CollectError::Busy { run: names.run.clone() }))
+        }
+    }
 }
 
+type Outcome<T> = Result<T, Failed<CollectError>>;
+
+/// Takes results on one connection.
 struct Taking<'a> {
     queues: &'a RunQueues,
-    run: &'a str,
     journal: &'a mut Journal,
     until: Until<'a>,
-    connection: &'a Connection,
-    /// To ask whether the run was cancelled.
-    asking: Channel,
-    looked: Option<Instant>,
-    /// Since when it is known to be cancelled.
-    cancelled: &'a mut Option<Instant>,
+    channel: Channel,
+    watch: &'a Watch,
     /// When the last result came.
     last: &'a mut Instant,
+    /// How many deliveries are not acked, and the last one's tag.
+    unacked: Option<(usize, u64)>,
 }
 
 impl Taking<'_> {
     async fn take(
         &mut self,
-        seen: &mut impl FnMut(&[u8]) -> bool,
-    ) -> Result<Ended, Failed<CollectError>> {
-        let (channel, mut consumer) = self.consume().await?;
-        // Not acked: how many, and the last one's tag.
-        let (mut taken, mut tag) = (0, 0);
-        let ended = loop {
-            if taken >= SYNC || (taken > 0 && self.journal.have().is_complete()) {
-                self.keep(&channel, tag).await?;
-                taken = 0;
+        seen: &mut impl FnMut(u64, RunResult, Added) -> bool,
+    ) -> Outcome<Ended> {
+        loop {
+            let mut consumer = self.consume().await?;
+            let ended = self.until_ended(&mut consumer, seen).await?;
+            if ended.is_final() {
+                self.drain(&mut consumer, seen).await?;
             }
-            self.look().await?;
-            if let Some(ended) = self.ended() {
-                break ended;
+            self.keep().await?;
+            if !ended.is_final() || look(&self.channel, &self.queues.results).await?.ready == 0 {
+                return Ok(ended);
             }
-            let patience = if taken > 0 { SYNC_AFTER } else { LOOK };
+        }
+    }
+
+    async fn until_ended(
+        &mut self,
+        consumer: &mut Consumer,
+        seen: &mut impl FnMut(u64, RunResult, Added) -> bool,
+    ) -> Outcome<Ended> {
+        loop {
+            if self.unacked.is_some_and(|(count, _)| count >= SYNC) {
+                self.keep().await?;
+            }
+            let ended = self.ended();
+            let patience = match ended {
+                Some(_) => QUIET,
+                None if self.unacked.is_some() => SYNC_AFTER,
+                None => LOOK,
+            };
             let next = tokio::select! {
-                () = self.until.stop.cancelled() => break Ended::Stopped,
+                () = self.until.stop.cancelled() => return Ok(Ended::Stopped),
                 next = timeout(patience, consumer.next()) => next,
             };
-            let delivery = match next {
-                Err(_) if taken > 0 => {
-                    self.keep(&channel, tag).await?;
-                    taken = 0;
-                    continue;
+            match (next, ended) {
+                (Ok(Some(delivery)), _) => {
+                    if !self.accept(delivery.map_err(AmqpError::from)?, seen)? {
+                        return Ok(Ended::Failing);
+                    }
                 }
-                Err(_) if self.last.elapsed() >= self.until.silence => break Ended::Silent,
-                Err(_) => continue,
-                Ok(Some(delivery)) => delivery.map_err(AmqpError::from)?,
-                Ok(None) => return Err(Failed::Connection("the consumer ended".to_owned())),
-            };
-            *self.last = Instant::now();
-            (taken, tag) = (taken + 1, delivery.delivery_tag);
-            let id = delivery.properties.message_id().as_ref().map(|id| id.as_str());
-            let Some((run, line)) = line_of(&delivery.data, id, self.run) else {
-                tracing::warn!(
-                    queue = self.queues.results,
-                    "a message that is no result of this run is left out"
-                );
-                continue;
-            };
-            if self.journal.push(&run, &line)? && !seen(&line) {
-                break Ended::Failing;
+                (Ok(None), _) => {
+                    return Err(Failed::Connection("the consumer ended".to_owned()));
+                }
+                (Err(_), Some(ended)) => return Ok(ended),
+                (Err(_), None) if self.unacked.is_some() => self.keep().await?,
+                (Err(_), None) if self.until.empty => return Ok(Ended::Empty),
+                (Err(_), None) if self.last.elapsed() >= self.until.silence => {
+                    return Ok(Ended::Silent);
+                }
+                (Err(_), None) => {}
             }
+        }
+    }
+
+    /// Returns `Some` if each job that was sent, or will be, has a result.
+    fn ended(&mut self) -> Option<Ended> {
+        if self.journal.have().is_whole() {
+            return Some(Ended::Complete { cancelled: false });
+        }
+        let cancelled = self.watch.cancelled()?;
+        self.journal.only(cancelled.sent);
+        let is_settled = cancelled.since.elapsed() >= SETTLED;
+        (is_settled && self.journal.have().is_complete()).then_some(Ended::Cancelled)
+    }
+
+    /// Puts a message into the journal; `false` if collecting shall end.
+    fn accept(
+        &mut self,
+        delivery: Delivery,
+        seen: &mut impl FnMut(u64, RunResult, Added) -> bool,
+    ) -> Outcome<bool> {
+        *self.last = Instant::now();
+        let count = self.unacked.map_or(0, |(count, _)| count);
+        self.unacked = Some((count + 1, delivery.delivery_tag));
+        let id = delivery.properties.message_id().as_ref().map(|id| id.as_str());
+        let Some((run, line)) = line_of(&delivery.data, id, self.journal.run()) else {
+            tracing::warn!(
+                queue = self.queues.results,
+                message_id = id,
+                "dropped a message that is no result of this run"
+            );
+            return Ok(true);
         };
-        if taken > 0 {
-            self.keep(&channel, tag).await?;
-        }
-        Ok(ended)
-    }
-
-    /// Whether there is a result of each job that was sent or will be.
-    fn ended(&self) -> Option<Ended> {
-        if !self.journal.have().is_complete() {
-            return None;
-        }
-        match *self.cancelled {
-            None => Some(Ended::Complete),
-            Some(since) if since.elapsed() >= SETTLED => Some(Ended::Cancelled),
-            Some(_) => None,
+        let result = RunResult::read(&line, self.journal.run());
+        match self.journal.push(&run, result.is_done(), &line)? {
+            Added::Nothing => Ok(true),
+            added => Ok(seen(run.index, result, added)),
         }
     }
 
-    /// Looks now and then whether the run was cancelled: then there are no more jobs than were sent.
-    async fn look(&mut self) -> Result<(), MarkError> {
-        if self.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
-            return Ok(());
-        }
-        self.looked = Some(Instant::now());
-        if self.queues.is_cancelled(&self.asking).await? {
-            self.cancelled.get_or_insert_with(Instant::now);
-            if let Some(mark) = mark::read(self.connection, &self.queues.id).await? {
-                self.journal.only(mark.sent);
-            }
-        }
-        Ok(())
-    }
-
-    async fn consume(&self) -> Result<(Channel, Consumer), Failed<CollectError>> {
-        let channel = answer(self.connection.create_channel()).await?;
-        answer(channel.basic_qos(IN_FLIGHT, BasicQosOptions::default())).await?;
+    async fn consume(&self) -> Outcome<Consumer> {
         let options = BasicConsumeOptions::default();
         let queue = &self.queues.results;
         let consuming =
-            channel.basic_consume(short(queue), short(""), options, FieldTable::default());
+            self.channel.basic_consume(short(queue), short(""), options, FieldTable::default());
         match answer(consuming).await {
-            Ok(consumer) => Ok((channel, consumer)),
+            Ok(consumer) => Ok(consumer),
             Err(error) if is_missing(&error) => {
-                let (run, queue) = (self.run.to_owned(), queue.clone());
+                let (run, queue) = (self.journal.run().id.clone(), queue.clone());
                 Err(Failed::Final(CollectError::NoRun { run, queue }))
             }
             Err(error) => Err(error.into()),
         }
     }
 
+    /// Ends the consumer and takes what was on its way.
+    async fn drain(
+        &mut self,
+        consumer: &mut Consumer,
+        seen: &mut impl FnMut(u64, RunResult, Added) -> bool,
+    ) -> Outcome<()> {
+        let cancelling = self.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
+        answer(cancelling).await?;
+        loop {
+            match timeout(LOOK, consumer.next()).await {
+                Ok(Some(delivery)) => {
+                    self.accept(delivery.map_err(AmqpError::from)?, seen)?;
+                }
+                Ok(None) => return Ok(()),
+                Err(_) => return Err(Failed::Connection("the consumer did not end".to_owned())),
+            }
+        }
+    }
+
     /// Makes what was taken safe, and acks it.
-    async fn keep(&mut self, channel: &Channel, tag: u64) -> Result<(), Failed<CollectError>> {
+    async fn keep(&mut self) -> Outcome<()> {
+        let Some((_, tag)) = self.unacked.take() else { return Ok(()) };
         tokio::task::block_in_place(|| self.journal.sync())?;
-        answer(channel.basic_ack(tag, BasicAckOptions { multiple: true })).await?;
+        answer(self.channel.basic_ack(tag, BasicAckOptions { multiple: true })).await?;
         Ok(())
     }
 }

@@ -9,7 +9,6 @@ use std::borrow::Cow;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
-use super::journal::{MOST_JOBS, run_of};
 use crate::job::{Classified, Provenance, Run};
 
 /// Error code of a result that cannot be read.
@@ -17,6 +16,68 @@ pub const UNREADABLE: &str = "unreadable_result";
 
 /// Characters of a reason that are told.
 const REASON: usize = 300;
+
+/// The most jobs a result can make us count, so that one that claims more does not exhaust memory.
+const MOST_JOBS: u64 = 1 << 32;
+
+/// Identifies a run among all that ever had its id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunKey {
+    /// The run's id.
+    pub id: String,
+    /// Tells it from earlier runs with the same id.
+    pub nonce: String,
+}
+
+impl RunKey {
+    /// Returns the job of this run that a result answers. `None` if it is no result of this run.
+    pub fn job_of(&self, body: &[u8]) -> Option<Run> {
+        match self.belonging(body) {
+            Belonging::To(run) => Some(run),
+            Belonging::Elsewhere | Belonging::Unknown => None,
+        }
+    }
+
+    /// A result of a job that no worker could read has no `run`, only the job's id. One without a nonce
+    /// is of a worker older than nonces: it came through this run's own queue, so it is of this run.
+    fn belonging(&self, body: &[u8]) -> Belonging {
+        #[derive(Deserialize)]
+        struct OnlyRun {
+            run: Run,
+        }
+        #[derive(Deserialize)]
+        struct OnlyId {
+            id: String,
+        }
+        if let Ok(OnlyRun { run }) = serde_json::from_slice(body) {
+            let is_ours =
+                run.id == self.id && run.nonce.as_ref().is_none_or(|nonce| *nonce == self.nonce);
+            return match is_ours && run.index < MOST_JOBS && run.jobs <= MOST_JOBS {
+                true => Belonging::To(run),
+                false => Belonging::Elsewhere,
+            };
+        }
+        match serde_json::from_slice(body) {
+            Ok(OnlyId { id }) => self.job(&id).map_or(Belonging::Unknown, Belonging::To),
+            Err(_) => Belonging::Unknown,
+        }
+    }
+
+    /// The job of this run that has the id `job`.
+    fn job(&self, job: &str) -> Option<Run> {
+        let index = job.strip_prefix(&*self.id)?.strip_prefix('/')?.parse().ok()?;
+        let (id, nonce) = (self.id.clone(), Some(self.nonce.clone()));
+        (index < MOST_JOBS).then_some(Run { id, jobs: 0, index, nonce })
+    }
+}
+
+enum Belonging {
+    To(Run),
+    /// To another run.
+    Elsewhere,
+    /// The result does not say.
+    Unknown,
+}
 
 /// The result of one job of a run.
 #[derive(Debug, PartialEq, Deserialize)]
@@ -93,8 +154,8 @@ pub struct RunError {
 }
 
 impl RunResult {
-    /// Reads a result of `run`, as its journal keeps it.
-    pub fn read(body: &[u8], run: &str) -> Self {
+    /// Reads a result of `run` as its journal keeps it.
+    pub fn read(body: &[u8], run: &RunKey) -> Self {
         #[derive(Deserialize)]
         struct SetApart {
             unreadable: String,
@@ -106,10 +167,16 @@ impl RunResult {
                 Err(_) => error.to_string(),
             },
         };
-        let of = run_of(body, run);
-        let job = of.as_ref().map_or_else(|| run.to_owned(), |of| format!("{run}/{}", of.index));
+        let of = run.job_of(body);
+        let id = &run.id;
+        let job = of.as_ref().map_or_else(|| id.clone(), |of| format!("{id}/{}", of.index));
         let reason = reason.chars().take(REASON).collect();
         Self { job, run: of, outcome: Outcome::Unreadable { reason } }
+    }
+
+    /// `true` if its job was done: then it replaces any result that is not.
+    pub fn is_done(&self) -> bool {
+        matches!(self.outcome, Outcome::Done { .. })
     }
 
     /// The entries of its images.
@@ -131,13 +198,13 @@ impl Entry {
     }
 }
 
-/// Which job of `run` a message from its queue answers, and the line of the journal that keeps it. A
-/// body that was cut says nothing itself: then the property `message_id` tells, and the line holds the
-/// body as text. None: it is no result of this run.
+/// Returns the job of `run` that a message from its queue answers, and the line of the journal that
+/// keeps it. A body that was cut off says nothing itself: then the property `message_id` tells, and the
+/// line holds the body as text. `None` if the message is no result of this run.
 pub fn line_of<'a>(
     body: &'a [u8],
     message_id: Option<&str>,
-    run: &str,
+    run: &RunKey,
 ) -> Option<(Run, Cow<'a, [u8]>)> {
     #[derive(Serialize)]
     struct SetApart<'a> {
@@ -146,17 +213,20 @@ pub fn line_of<'a>(
         unreadable: String,
         body: Cow<'a, str>,
     }
-    if let Some(of) = run_of(body, run) {
-        // A line each: JSON has line breaks only between its parts, where a space says the same.
-        let line = match body.contains(&b'\n') {
-            true => body.iter().map(|b| if *b == b'\n' { b' ' } else { *b }).collect(),
-            false => Cow::Borrowed(body),
-        };
-        return Some((of, line));
+    match run.belonging(body) {
+        Belonging::To(of) => {
+            // A line each: JSON has line breaks only between its parts, where a space says the same.
+            let line = match body.contains(&b'\n') {
+                true => body.iter().map(|b| if *b == b'\n' { b' ' } else { *b }).collect(),
+                false => Cow::Borrowed(body),
+            };
+            return Some((of, line));
+        }
+        Belonging::Elsewhere => return None,
+        Belonging::Unknown => {}
     }
     let id = message_id?;
-    let index = id.strip_prefix(run)?.strip_prefix('/')?.parse().ok()?;
-    let of = Run { id: run.to_owned(), jobs: 0, index, nonce: None };
+    let of = run.job(id)?;
     let unreadable = match serde_json::from_slice::<IgnoredAny>(body) {
         Err(error) => error.to_string(),
         Ok(_) => "it does not say which job it is of".to_owned(),
@@ -164,7 +234,7 @@ pub fn line_of<'a>(
     let line = SetApart { id, run: &of, unreadable, body: String::from_utf8_lossy(body) };
     // Strings and numbers: nothing that JSON cannot say.
     let line = serde_json::to_vec(&line).ok()?;
-    (index < MOST_JOBS).then_some((of, Cow::Owned(line)))
+    Some((of, Cow::Owned(line)))
 }
 
 /// Which embeddings the results of a run hold.
@@ -196,6 +266,43 @@ impl Embeddings {
 mod tests {
     use super::*;
 
+    fn key(id: &str, nonce: &str) -> RunKey {
+        RunKey { id: id.to_owned(), nonce: nonce.to_owned() }
+    }
+
+    fn n() -> RunKey {
+        key("n", "b")
+    }
+
+    #[test]
+    fn a_result_is_of_a_run_by_its_run_or_else_by_its_id() {
+        let two = br#"{"id":"n/2","run":{"id":"n","jobs":5,"index":2}}"#;
+        assert_eq!(n().job_of(two).unwrap().index, 2);
+        assert_eq!(key("m", "b").job_of(two), None);
+        let unread = br#"{"id":"a/b/17","status":"failed"}"#;
+        assert_eq!(key("a/b", "b").job_of(unread).unwrap().index, 17);
+        for other in [&br#"{"id":"a/x"}"#[..], br#"{"id":"17"}"#, b"{", b""] {
+            assert_eq!(key("a", "b").job_of(other), None);
+        }
+        let huge = br#"{"id":"n/1","run":{"id":"n","jobs":9,"index":99999999999999}}"#;
+        assert_eq!(n().job_of(huge), None);
+    }
+
+    #[test]
+    fn a_result_of_an_older_run_of_the_same_id_never_counts() {
+        let of = |nonce: &str| {
+            format!(r#"{{"id":"n/2","run":{{"id":"n","jobs":5,"index":2,"nonce":"{nonce}"}}}}"#)
+        };
+        // A worker older than nonces echoes none, and the queue is the run's own.
+        let without = of("b").replace(r#","nonce":"b""#, "");
+        for (body, counts) in [(of("b"), true), (of("a"), false), (of(""), false), (without, true)]
+        {
+            // The property does not make it count either.
+            let line = line_of(body.as_bytes(), Some("n/2"), &n());
+            assert_eq!(line.is_some(), counts, "{body}");
+        }
+    }
+
     fn body(images: &str) -> String {
         format!(
             r#"{{"id":"n/3","status":"done","classes":"s@1","model":"m","backend":"b","images":[{images}],"run":{{"id":"n","jobs":5,"index":3}},"attempt":1}}"#
@@ -208,7 +315,7 @@ mod tests {
             r#"{"uri":"1","error":{"code":"from_the_future","message":"x"}},
                {"uri":"2","id":"sku","label":null,"score":0.5,"top":[],"embedding":"AACAPwAAAAA="}"#,
         );
-        let result = RunResult::read(text.as_bytes(), "n");
+        let result = RunResult::read(text.as_bytes(), &n());
         let [failed, labelled] = result.images() else { panic!("{result:?}") };
         assert!(
             matches!(&failed.verdict, Verdict::Failed { error } if error.code == "from_the_future")
@@ -234,9 +341,9 @@ mod tests {
             r#"{"id":"n/3","status":"postponed"}"#.to_owned(),
             r#"{"id":"n/3","run":{"id":"n","of":[1,2]}}"#.to_owned(),
         ] {
-            let (run, line) = line_of(text.as_bytes(), None, "n").unwrap();
+            let (run, line) = line_of(text.as_bytes(), None, &n()).unwrap();
             assert_eq!((run.index, &*line), (3, text.as_bytes()));
-            let result = RunResult::read(&line, "n");
+            let result = RunResult::read(&line, &n());
             assert_eq!(result.job, "n/3");
             assert!(
                 matches!(&result.outcome, Outcome::Unreadable { reason } if !reason.is_empty())
@@ -248,14 +355,14 @@ mod tests {
     fn a_body_that_was_cut_is_kept_under_the_messages_id() {
         let whole = body(r#"{"uri":"ä","label":"a","score":0.5,"top":[]}"#);
         let cut = &whole.as_bytes()[..whole.len() / 2];
-        assert_eq!(line_of(cut, None, "n"), None);
-        assert_eq!(line_of(cut, Some("m/3"), "n"), None);
-        assert_eq!(line_of(cut, Some("n/x"), "n"), None);
-        let (run, line) = line_of(cut, Some("n/3"), "n").unwrap();
-        assert_eq!((run.index, run_of(&line, "n").unwrap().index), (3, 3));
+        assert_eq!(line_of(cut, None, &n()), None);
+        assert_eq!(line_of(cut, Some("m/3"), &n()), None);
+        assert_eq!(line_of(cut, Some("n/x"), &n()), None);
+        let (run, line) = line_of(cut, Some("n/3"), &n()).unwrap();
+        assert_eq!((run.index, n().job_of(&line).unwrap().index), (3, 3));
         let kept: serde_json::Value = serde_json::from_slice(&line).unwrap();
         assert_eq!(kept["body"].as_str().unwrap().as_bytes(), cut);
-        let result = RunResult::read(&line, "n");
+        let result = RunResult::read(&line, &n());
         let Outcome::Unreadable { reason } = &result.outcome else { panic!("{result:?}") };
         assert!(result.job == "n/3" && reason.contains("EOF"), "{reason}");
     }
@@ -264,9 +371,9 @@ mod tests {
     fn a_result_of_several_lines_becomes_one() {
         let text =
             body(r#"{"uri":"1\n","label":"a","score":0.5,"top":[]}"#).replace(",\"", ",\n\"");
-        let (_, line) = line_of(text.as_bytes(), None, "n").unwrap();
+        let (_, line) = line_of(text.as_bytes(), None, &n()).unwrap();
         assert!(text.contains('\n') && !line.contains(&b'\n'));
-        assert_eq!(RunResult::read(&line, "n"), RunResult::read(text.as_bytes(), "n"));
-        assert_eq!(RunResult::read(&line, "n").images()[0].uri, "1\n");
+        assert_eq!(RunResult::read(&line, &n()), RunResult::read(text.as_bytes(), &n()));
+        assert_eq!(RunResult::read(&line, &n()).images()[0].uri, "1\n");
     }
 }

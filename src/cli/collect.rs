@@ -18,23 +18,25 @@ use self::summary::Summary;
 use super::UsageError;
 use super::progress::{RunBar, bars};
 use super::tables::show;
-use crate::amqp::connect;
+use crate::amqp::{AmqpOptions, close, connect};
 use crate::app::App;
 use crate::bulk::collector::{CollectError, Ended, Until, collect};
 use crate::bulk::embeddings::ids_path;
-use crate::bulk::journal::Journal;
+use crate::bulk::have::Added;
+use crate::bulk::journal::{Journal, JournalError};
 use crate::bulk::mark::{self, Mark};
 use crate::bulk::queues::{IdQueues, RunQueues, check_run};
-use crate::bulk::result::RunResult;
+use crate::error::FailureCode;
 use crate::shutdown;
 
 /// Collect the results of a run into one file
 ///
-/// The file appears when there is a result of each job, each image exactly once; until then results
-/// are kept beside it, in a file that begins with a dot, and in the run's queue. Interrupted or
-/// killed, the same command goes on. At the end the run's queues are deleted. A job that failed whole
-/// is a row with its id and error. So is a result that cannot be read (unreadable_result), which is kept
-/// as it came in NAME.unreadable.jsonl beside the file. The exit code is 0 only if the run is complete.
+/// The file appears when each job has a result, and holds each image exactly once. Until then results are
+/// in the run's queue, and in a journal next to the file: a hidden file, without which they are lost.
+/// Interrupted or killed, the same command continues. At the end it deletes the run's queues and the
+/// journal. A job that failed whole is a row with its id and error. So is a result that cannot be read
+/// (unreadable_result), which NAME.unreadable.jsonl next to the file keeps as it came. The exit code is 0
+/// only if the run is complete.
 #[derive(Args)]
 pub struct Collect {
     /// The run, as `angler enqueue` named it
@@ -47,6 +49,10 @@ pub struct Collect {
     /// beside it: what `angler classes rescore` reads
     #[arg(long, value_name = "FILE.npy", alias = "embeddings")]
     embeddings_out: Option<PathBuf>,
+    /// Write the results that there are now, say which jobs have none, and exit 1 unless the run is
+    /// complete. The run's queues and the journal stay, so that a later command continues
+    #[arg(long)]
+    partial: bool,
     #[command(flatten)]
     limits: Limits,
     /// Print the summary as JSON
@@ -60,7 +66,7 @@ pub(super) struct Limits {
     /// Stop when more than this share of the images, or of whole jobs, failed, 0 to 1
     #[arg(long, value_name = "SHARE", value_parser = share)]
     max_failure_rate: Option<f64>,
-    /// Stop when no result comes for so long
+    /// Stop when no result comes for this long
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     silence: u64,
 }
@@ -76,27 +82,54 @@ impl Collect {
         let files = Files { out: &self.out, embeddings: self.embeddings_out.as_deref() };
         files.check()?;
         let stop = shutdown::on_signals("stopping").context("signals cannot be caught")?;
-        let (run, limits, bar) =
-            (self.run.as_str(), &self.limits, RunBar::new(&bars(), None, "done"));
-        let collecting = Collecting { app, run, files, expected: None, limits, bar };
-        collecting.run(&stop).await?.tell(self.json)
+        let bar = RunBar::new(&bars(), None, "done");
+        let mut collecting = Collecting::open(app, &self.run, files, &self.limits, bar)?;
+        collecting.partial = self.partial;
+        collecting.run(Begun::Before, &stop).await?.tell(self.json)
     }
 }
 
-/// A run that is being collected.
+/// When the run was begun.
+enum Begun {
+    /// By this command, with this mark.
+    Now(Mark),
+    /// By another command.
+    Before,
+}
+
+/// A run that is being collected. Its journal is locked.
 pub(super) struct Collecting<'a> {
-    pub app: &'a App,
-    pub run: &'a str,
-    pub files: Files<'a>,
-    /// How many jobs and images it has, if that is known.
-    pub expected: Option<(u64, u64)>,
-    pub limits: &'a Limits,
-    pub bar: RunBar,
+    app: &'a App,
+    files: Files<'a>,
+    limits: &'a Limits,
+    bar: RunBar,
+    journal: Journal,
+    summary: Summary,
+    /// Writes what there is.
+    partial: bool,
 }
 
 impl<'a> Collecting<'a> {
-    /// Collects while `sending` sends the run, from when it has `begun`.
-    pub(super) async fn beside<T, E>(
+    /// Locks the journal of `files`, before anything else is touched, and reads it.
+    pub(super) fn open(
+        app: &'a App,
+        run: &str,
+        files: Files<'a>,
+        limits: &'a Limits,
+        bar: RunBar,
+    ) -> Result<Self> {
+        let mut journal = Journal::open(&Journal::path(files.out, run), run)?;
+        let mut summary = Summary::of(run);
+        journal.read(|index, result, _| {
+            summary.add(index, result, Added::First);
+            Ok::<_, std::io::Error>(())
+        })?;
+        Ok(Self { app, files, limits, bar, journal, summary, partial: false })
+    }
+
+    /// Collects while `sending` sends the run, from when it has `begun`: until then its id may be another
+    /// run's, whose results are not this command's to take.
+    pub(super) async fn alongside<T, E>(
         self,
         sending: impl Future<Output = Result<T, E>>,
         begun: oneshot::Receiver<Mark>,
@@ -112,121 +145,197 @@ impl<'a> Collecting<'a> {
             sent
         };
         let collecting = async {
-            // Without it there is nothing to collect, and the sending says why.
-            let mark = begun.await.context("the run was not begun")?;
-            self.take(Some(mark), &end).await
+            match begun.await {
+                Ok(mark) => self.run(Begun::Now(mark), &end).await,
+                Err(_) => {
+                    self.leave()?;
+                    bail!("the run did not begin")
+                }
+            }
         };
         tokio::join!(sending, collecting)
     }
 
-    fn names(&self) -> IdQueues {
-        IdQueues::new(&self.app.settings.amqp.jobs_queue.first().queue, self.run)
-    }
-
-    pub(super) async fn run(self, stop: &CancellationToken) -> Result<Collected<'a>> {
-        let connection = connect(&self.app.settings.amqp_options("collect"), "collect").await?;
-        let mark = mark::read(&connection, &self.names()).await;
-        crate::amqp::close(&connection).await;
-        self.take(mark?, stop).await
-    }
-
-    async fn take(self, mark: Option<Mark>, stop: &CancellationToken) -> Result<Collected<'a>> {
-        let names = self.names();
-        let Self { app, run, files, expected, limits, bar } = self;
-        let queues = mark.as_ref().map(|mark| {
-            RunQueues::new(&app.settings.amqp.jobs_queue.first().queue, run, &mark.nonce)
-        });
-        let options = app.settings.amqp_options("collect");
-        let path = Journal::path(files.out, run);
-        let mut journal = Journal::open(&path, run).with_context(|| path.display().to_string())?;
-        let mut summary = Summary::default();
-        tokio::task::block_in_place(|| {
-            journal.read(|line| {
-                summary.add(RunResult::read(line, run));
-                Ok::<_, std::io::Error>(())
-            })
-        })?;
-        let jobs = expected.map(|(jobs, _)| jobs).or(mark.map(|mark| mark.jobs));
-        if let Some(jobs) = jobs {
-            journal.expect(jobs);
+    async fn run(mut self, begun: Begun, stop: &CancellationToken) -> Result<Collected<'a>> {
+        match self.take(begun, stop).await {
+            Ok(Ended::Complete { cancelled }) => self.finish(true, cancelled).await,
+            Ok(Ended::Cancelled) => self.finish(false, true).await,
+            Ok(ended) => self.interrupt(ended).await,
+            Err(error) => {
+                self.leave()?;
+                Err(error)
+            }
         }
-        let told = |summary: &Summary| {
-            let all = expected.map(|(_, images)| summary.without_failed(images));
-            bar.set(summary.images, all.or(summary.expected()), &summary.worst());
+    }
+
+    /// Leaves no journal behind that has no result.
+    fn leave(self) -> Result<()> {
+        match self.journal.have().count() {
+            0 => Ok(self.journal.remove()?),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the run's results until it ends.
+    async fn take(&mut self, begun: Begun, stop: &CancellationToken) -> Result<Ended> {
+        self.check_embeddings()?;
+        let (started, before) = (Instant::now(), self.summary.images);
+        let taken = self.take_from_broker(begun, stop).await;
+        self.bar.clear();
+        self.journal.sync()?;
+        let ended = taken.or_else(|error| self.without_broker(error))?;
+        self.check_embeddings()?;
+        let have = self.journal.have();
+        let seconds = started.elapsed().as_secs_f64().max(1e-9);
+        self.summary.rate = (self.summary.images - before) as f64 / seconds;
+        self.summary.jobs = have.count();
+        self.summary.missing_jobs = have.lacking();
+        Ok(ended)
+    }
+
+    /// Notices results without the embeddings that were asked for now, and not after the last one.
+    fn check_embeddings(&self) -> Result<()> {
+        match lack_embeddings(&self.files, &self.summary) {
+            true => bail!("{}", no_embeddings()),
+            false => Ok(()),
+        }
+    }
+
+    async fn take_from_broker(&mut self, begun: Begun, stop: &CancellationToken) -> Result<Ended> {
+        let Self { app, files, limits, bar, journal, summary, partial } = self;
+        let (names, options) =
+            (names(app, &journal.run().id), app.settings.amqp_options("collect"));
+        let mark = match begun {
+            Begun::Now(mark) => Some(mark),
+            Begun::Before => mark_of(&options, &names).await?,
         };
-        // The embeddings that were asked for must be there: noticed now, and not after the last result.
-        let lacking = |summary: &Summary| {
-            let looked_at = summary.classified() > 0 && summary.embeddings.rows == 0;
-            files.embeddings.is_some() && looked_at
+        let Some(mark) = mark else {
+            return Err(CollectError::NoRun { run: names.run, queue: names.mark }.into());
+        };
+        journal.claim(&mark.nonce)?;
+        journal.expect(mark.jobs);
+        let told = |summary: &Summary| {
+            bar.set(summary.images, Some(summary.without_failed(mark.images)), &summary.worst());
         };
         bar.begin(summary.images);
-        told(&summary);
-        if lacking(&summary) {
-            bar.clear();
-            bail!("{}", no_embeddings());
-        }
-        let started = Instant::now();
-        let before = summary.images;
-        let until = Until { stop, silence: Duration::from_secs(limits.silence) };
+        told(summary);
+        let until = Until { stop, silence: Duration::from_secs(limits.silence), empty: *partial };
         let most = limits.max_failure_rate;
-        let ended = match &queues {
-            Some(queues) => {
-                let seen = |line: &[u8]| {
-                    summary.add(RunResult::read(line, run));
-                    told(&summary);
-                    most.is_none_or(|most| !summary.exceeds(most)) && !lacking(&summary)
-                };
-                collect(&options, queues, run, &mut journal, until, seen).await
-            }
-            None => Err(CollectError::NoRun { run: run.to_owned(), queue: names.mark }),
-        };
-        let ended = match ended {
-            // Everything was written by a command that was ended before it could say so.
-            Err(CollectError::NoRun { .. }) if journal.have().is_complete() => Ended::Complete,
-            // Nothing of this run was ever here: leave nothing behind.
-            Err(error @ CollectError::NoRun { .. }) if journal.have().count() == 0 => {
-                journal.remove()?;
-                return Err(error.into());
-            }
-            ended => ended?,
-        };
-        bar.clear();
-        summary.rate = (summary.images - before) as f64 / started.elapsed().as_secs_f64().max(1e-9);
-        (summary.run, summary.jobs, summary.complete) =
-            (run.to_owned(), journal.have().count(), ended == Ended::Complete);
-        if lacking(&summary) {
-            journal.sync()?;
-            bail!("{}", no_embeddings());
-        }
-        if !matches!(ended, Ended::Complete | Ended::Cancelled) {
-            let known = known(app, run)
-                .await
-                .unwrap_or_else(|e| format!("(the broker cannot be asked: {e})"));
-            let incomplete = format!("{}: {}. {known}", reason(ended, limits), missing(&journal));
-            journal.sync()?;
-            let written = Err(incomplete);
-            return Ok(Collected { summary, files, written, cancelled: None });
-        }
-        let planned = journal.have().planned().unwrap_or(0);
-        let written = tokio::task::block_in_place(|| files.write(&mut journal, run, &summary))?;
-        if let Some(queues) = queues {
-            let connection = connect(&options, "collect").await?;
-            let deleted = queues.delete(&connection).await;
-            crate::amqp::close(&connection).await;
-            deleted?;
-        }
-        journal.remove()?;
-        let cancelled = (ended == Ended::Cancelled).then_some(planned);
-        Ok(Collected { summary, files, written: Ok(written), cancelled })
+        let queues = mark.queues(first_queue(app));
+        let ended = collect(&options, &queues, journal, until, |index, result, added| {
+            summary.add(index, result, added);
+            told(summary);
+            most.is_none_or(|most| !summary.exceeds(most)) && !lack_embeddings(files, summary)
+        });
+        Ok(ended.await?)
     }
+
+    /// Decides what the journal is good for when the run's queue cannot be collected.
+    fn without_broker(&self, error: anyhow::Error) -> Result<Ended> {
+        let have = self.journal.have();
+        let is_gone = match error.downcast_ref() {
+            Some(CollectError::NoRun { .. }) => true,
+            Some(CollectError::Busy { .. } | CollectError::Journal(_)) => return Err(error),
+            None if error.is::<JournalError>() => return Err(error),
+            None => false,
+        };
+        if is_gone && have.is_whole() {
+            // A command that had written everything was killed before it could say so.
+            return Ok(Ended::Complete { cancelled: false });
+        }
+        if have.count() == 0 {
+            return Err(error);
+        }
+        if self.partial {
+            tracing::warn!("writing what was collected before: {error:#}");
+            return Ok(Ended::Empty);
+        }
+        let (kept, path) = (have.count(), self.journal.file().display());
+        Err(error
+            .context(format!("{path} keeps the results of {kept} jobs; --partial writes them")))
+    }
+
+    /// Writes the files, then deletes the run's queues, then the journal.
+    ///
+    /// * `whole`: each job of the run has a result.
+    async fn finish(mut self, whole: bool, cancelled: bool) -> Result<Collected<'a>> {
+        let dropped = self.summary.failed_with(FailureCode::Cancelled.as_str());
+        self.summary.complete = whole && dropped == 0;
+        let written = self.write()?;
+        let Self { app, files, journal, summary, .. } = self;
+        let (run, planned) = (journal.run().clone(), journal.have().planned().unwrap_or(0));
+        let queues = RunQueues::new(first_queue(app), &run.id, &run.nonce);
+        let connection = connect(&app.settings.amqp_options("collect"), "collect").await?;
+        let deleted = queues.delete(&connection).await;
+        close(&connection).await;
+        deleted?;
+        journal.remove()?;
+        let (id, sent) = (&run.id, summary.jobs);
+        let (note, problem) = match (summary.complete, cancelled) {
+            (true, true) => (Some(format!("run {id} had finished before it was cancelled")), None),
+            (true, false) => (None, None),
+            (false, _) => {
+                let jobs = format!("{sent} of its {planned} jobs had been sent");
+                let problem = format!("run {id} is not complete: it was cancelled when {jobs}");
+                (None, Some(problem))
+            }
+        };
+        Ok(Collected { summary, files, written: Some(written), note, problem })
+    }
+
+    /// Leaves everything to the command that continues, and writes what there is if that is wanted.
+    async fn interrupt(mut self, ended: Ended) -> Result<Collected<'a>> {
+        let id = self.journal.run().id.clone();
+        let writes = self.partial && self.journal.have().count() > 0;
+        let written = if writes { Some(self.write()?) } else { None };
+        let known = known(self.app, &id).await;
+        let known = known.unwrap_or_else(|e| format!("(the broker cannot be asked: {e:#})"));
+        let (reason, missing) = (reason(ended, self.limits), missing(self.journal.have()));
+        let problem = Some(format!(
+            "run {id} is not complete: {reason}{missing}. {known}. To continue, run `angler collect --run {id}` with the same --out"
+        ));
+        let (summary, files) = (std::mem::take(&mut self.summary), self.files);
+        self.leave()?;
+        Ok(Collected { summary, files, written, note: None, problem })
+    }
+
+    fn write(&mut self) -> Result<Written> {
+        let Self { files, journal, summary, partial, .. } = self;
+        if *partial && summary.embeddings.rows == 0 {
+            files.embeddings = None; // No image was classified yet.
+        }
+        tokio::task::block_in_place(|| files.write(journal, summary))
+    }
+}
+
+/// The queue that a fleet's other queues are named after.
+fn first_queue(app: &App) -> &str {
+    &app.settings.amqp.jobs_queue.first().queue
+}
+
+fn names(app: &App, run: &str) -> IdQueues {
+    IdQueues::new(first_queue(app), run)
+}
+
+/// Reads a run's mark. `None` if the broker has no such run.
+async fn mark_of(options: &AmqpOptions, names: &IdQueues) -> Result<Option<Mark>> {
+    let connection = connect(options, "collect").await?;
+    let mark = mark::read(&connection, names).await;
+    close(&connection).await;
+    Ok(mark?)
+}
+
+/// `true` if embeddings were asked for, and images were classified without.
+fn lack_embeddings(files: &Files<'_>, summary: &Summary) -> bool {
+    files.embeddings.is_some() && summary.classified() > 0 && summary.embeddings.rows == 0
 }
 
 fn reason(ended: Ended, limits: &Limits) -> String {
     match ended {
-        Ended::Complete | Ended::Cancelled => String::new(),
-        Ended::Stopped => "interrupted".to_owned(),
-        Ended::Failing => "too many failures (--max-failure-rate)".to_owned(),
-        Ended::Silent => format!("no result for {} s", limits.silence),
+        Ended::Complete { .. } | Ended::Cancelled | Ended::Empty => String::new(),
+        Ended::Stopped => "interrupted: ".to_owned(),
+        Ended::Failing => "too many failures (--max-failure-rate): ".to_owned(),
+        Ended::Silent => format!("no result for {} s: ", limits.silence),
     }
 }
 
@@ -234,52 +343,49 @@ fn reason(ended: Ended, limits: &Limits) -> String {
 pub(super) struct Collected<'a> {
     summary: Summary,
     files: Files<'a>,
-    /// What was written, or why the run is not complete.
-    written: Result<Written, String>,
-    /// How many jobs it was to have, if it was cancelled.
-    cancelled: Option<u64>,
+    /// What was written next to the results; `None` if nothing was.
+    written: Option<Written>,
+    /// Something worth knowing of a run that is complete.
+    note: Option<String>,
+    /// Why the run is not complete.
+    problem: Option<String>,
 }
 
 impl Collected<'_> {
     /// Tells a person or a program; an error if the run is not complete.
     pub(super) fn tell(self, as_json: bool) -> Result<()> {
-        let Self { summary, files, written, cancelled } = self;
+        let Self { summary, files, written, note, problem } = self;
         if as_json {
             show(&format!("{}\n", serde_json::to_string(&summary)?))?;
         } else {
             eprint!("{}", summary.text());
         }
-        let written = match written {
-            Ok(written) => written,
-            Err(reason) => {
-                bail!(
-                    "run {run} is not complete: {reason}. The same command with --run {run} goes on",
-                    run = summary.run
-                )
-            }
-        };
-        if let Some((job, reason)) = &summary.unreadable {
-            let kept = written.unreadable.unwrap_or_default();
-            let (count, kept) = (summary.unread(), kept.display());
-            tracing::warn!(
-                count,
-                job,
-                "results could not be read, perhaps of a newer angler; they lie in {kept} as they came. The first: {reason}"
-            );
+        if let Some(written) = written {
+            tell_files(&summary, &files, written);
         }
-        if let Some(path) = files.embeddings {
-            let (rows, dim) = (summary.embeddings.rows, summary.embeddings.dim);
-            let (path, ids) = (path.display(), ids_path(path));
-            eprintln!("embeddings in {path}, [{rows}, {dim}], their ids in {}", ids.display());
+        if let Some(note) = note {
+            eprintln!("{note}");
         }
-        eprintln!("results in {}", files.out.display());
-        match cancelled {
+        match problem {
             None => Ok(()),
-            Some(planned) => bail!(
-                "run {} is not complete: it was cancelled when {} of its {planned} jobs had been sent",
-                summary.run,
-                summary.jobs
-            ),
+            Some(problem) => bail!("{problem}"),
         }
     }
+}
+
+fn tell_files(summary: &Summary, files: &Files<'_>, written: Written) {
+    if let (Some((job, reason)), Some(kept)) = (&summary.unreadable, written.unreadable) {
+        let (count, kept) = (summary.unread(), kept.display());
+        tracing::warn!(
+            count,
+            job,
+            "results could not be read, perhaps of a newer angler; {kept} keeps them as they came. The first: {reason}"
+        );
+    }
+    if let Some(path) = files.embeddings {
+        let (rows, dim) = (summary.embeddings.rows, summary.embeddings.dim);
+        let (path, ids) = (path.display(), ids_path(path));
+        eprintln!("embeddings in {path}, [{rows}, {dim}], their ids in {}", ids.display());
+    }
+    eprintln!("results in {}", files.out.display());
 }

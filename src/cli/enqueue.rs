@@ -200,6 +200,12 @@ impl Enqueue {
         let jobs = plan.jobs(total);
         let bars = bars();
         let bar = RunBar::new(&bars, Some(total), "sent");
+        // Before the first job is sent: its journal may be in use.
+        let collecting = self.files().map(|files| {
+            let done = RunBar::new(&bars, Some(total), "done");
+            Collecting::open(app, &plan.run, files, &self.limits, done)
+        });
+        let collecting = collecting.transpose()?;
         let (started, mut skipped, mut is_cancelled) = (Instant::now(), None, false);
         let per_job = plan.per_job as u64;
         // Until the last was sent: results may be waited for much longer.
@@ -232,20 +238,11 @@ impl Enqueue {
         let sender = format!("process {} on {host}", std::process::id());
         let target = Target { options: &options, topology, first, sender: &sender };
         let sending = enqueue(target, plan, images, stop, step);
-        let (sent, collected) = match self.files() {
+        let (sent, collected) = match collecting {
             None => (sending.await, None),
-            Some(files) => {
-                let done = RunBar::new(&bars, Some(total), "done");
-                let collecting = Collecting {
-                    app,
-                    run: &plan.run,
-                    files,
-                    expected: Some((jobs, total)),
-                    limits: &self.limits,
-                    bar: done,
-                };
-                let (sent, collected) = Box::pin(collecting.beside(sending, run_begun, stop)).await;
-                (sent, Some(collected))
+            Some(collecting) => {
+                let all = Box::pin(collecting.alongside(sending, run_begun, stop)).await;
+                (all.0, Some(all.1))
             }
         };
         bar.clear();

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // In tests a panic is the report.
 
+mod collecting;
 mod files;
 mod lanes;
 mod runs;
@@ -208,7 +209,7 @@ async fn a_hundred_thousand_images_survive_kills_of_both_commands_and_come_out_o
     assert_eq!(indices.len(), JOBS as usize);
 
     let out = world.path("out.jsonl");
-    let journal = world.path(".out.jsonl.big.results");
+    let journal = world.path(".out.jsonl@big.results");
     let collecting = world.spawn(&["collect", "--run", "big", "--out", out.to_str().unwrap()]);
     eventually("a part is collected", async || {
         let length = std::fs::metadata(&journal).ok()?.len();

@@ -11,7 +11,7 @@ use tempfile::NamedTempFile;
 use super::summary::Summary;
 use crate::bulk::embeddings::{EmbeddingFiles, ids_path};
 use crate::bulk::journal::Journal;
-use crate::bulk::result::{Outcome, RunResult};
+use crate::bulk::result::Outcome;
 use crate::bulk::table::{Format, Rows};
 use crate::cli::{UsageError, output};
 
@@ -51,20 +51,14 @@ impl Files<'_> {
     }
 
     /// The journal's results as the files that were asked for.
-    pub(super) fn write(
-        &self,
-        journal: &mut Journal,
-        run: &str,
-        summary: &Summary,
-    ) -> Result<Written> {
+    pub(super) fn write(&self, journal: &mut Journal, summary: &Summary) -> Result<Written> {
         let format = Format::of(self.out).map_err(UsageError)?;
         let mut rows =
             Rows::new(format, &summary.embeddings, begin("--out", self.out)?).context("--out")?;
         let mut vectors = self.embeddings.map(|path| begin_vectors(path, summary)).transpose()?;
         let aside = self.out.with_extension("unreadable.jsonl");
         let mut unreadable: Option<BufWriter<NamedTempFile>> = None;
-        journal.read(|line| {
-            let result = RunResult::read(line, run);
+        journal.read(|_, result, line| {
             if matches!(result.outcome, Outcome::Unreadable { .. }) {
                 let file = match &mut unreadable {
                     Some(file) => file,

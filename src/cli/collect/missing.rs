@@ -9,29 +9,33 @@ use serde::Serialize;
 use crate::amqp::ask::look_at;
 use crate::amqp::connect;
 use crate::app::App;
-use crate::bulk::journal::Journal;
+use crate::bulk::have::Have;
 use crate::cli::dead;
 
 /// Ranges of missing jobs, and dead letters, that are named.
 const RANGES: usize = 10;
 
-/// Which they are.
-pub(super) fn missing(journal: &Journal) -> String {
-    let have = journal.have();
-    let Some(jobs) = have.jobs() else { return "no result has come yet".to_owned() };
-    let ranges = have.missing();
-    let mut text = format!("{} of {jobs} jobs have no result, numbers ", jobs - have.count());
-    for (at, (first, last)) in ranges.iter().take(RANGES).enumerate() {
-        let comma = if at == 0 { "" } else { ", " };
-        let _ = match first == last {
-            true => write!(text, "{comma}{first}"),
-            false => write!(text, "{comma}{first}-{last}"),
+/// Says which jobs have no result.
+pub(super) fn missing(have: &Have) -> String {
+    let (Some(jobs), Some(lacking)) = (have.jobs(), have.lacking()) else {
+        return match have.count() {
+            0 => "no result has come yet".to_owned(),
+            count => format!("{count} jobs have a result, and how many the run has is unknown"),
         };
+    };
+    if lacking == 0 {
+        return format!("all {jobs} jobs have a result");
     }
-    if ranges.len() > RANGES {
-        let _ = write!(text, " and {} ranges more", ranges.len() - RANGES);
-    }
-    text
+    let (ranges, more) = have.missing(RANGES);
+    let ranges: Vec<String> = ranges
+        .iter()
+        .map(|(first, last)| match first == last {
+            true => first.to_string(),
+            false => format!("{first}-{last}"),
+        })
+        .collect();
+    let more = if more > 0 { format!(" and {more} more ranges") } else { String::new() };
+    format!("{lacking} of {jobs} jobs have no result, numbers {}{more}", ranges.join(", "))
 }
 
 /// What the broker knows of them.
@@ -79,4 +83,27 @@ pub(in crate::cli) async fn backlog(app: &App, connection: &Connection) -> Resul
         }
     }
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::Run;
+
+    #[test]
+    fn what_is_missing_is_said_as_far_as_it_is_known() {
+        let mut have = Have::default();
+        assert_eq!(missing(&have), "no result has come yet");
+        have.expect(3);
+        assert_eq!(missing(&have), "3 of 3 jobs have no result, numbers 0-2");
+        for index in [0, 2, 1] {
+            let run = Run { id: "n".to_owned(), jobs: 3, index, nonce: None };
+            have.insert(&run, true);
+            have.only(0); // Its mark is gone.
+            assert!(!missing(&have).contains("of 0"), "{}", missing(&have));
+        }
+        assert_eq!(missing(&have), "all 3 jobs have a result");
+        have.expect(100);
+        assert_eq!(missing(&have), "all 3 jobs have a result");
+    }
 }

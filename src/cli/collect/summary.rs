@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
+use crate::bulk::have::Added;
 use crate::bulk::result::{Embeddings, Outcome, RunResult, UNREADABLE, Verdict};
 
 /// Labels that are shown.
@@ -23,6 +24,8 @@ pub(super) struct Summary {
     pub(super) complete: bool,
     /// Jobs with a result.
     pub(super) jobs: u64,
+    /// Jobs without one; `None` if nothing says how many jobs the run has.
+    pub(super) missing_jobs: Option<u64>,
     pub(super) images: u64,
     unknown: u64,
     labels: BTreeMap<String, u64>,
@@ -30,53 +33,47 @@ pub(super) struct Summary {
     errors: BTreeMap<String, u64>,
     /// Jobs that failed whole, by code.
     failed_jobs: BTreeMap<String, u64>,
+    /// The code of each of them, by the job's number.
+    #[serde(skip)]
+    codes: BTreeMap<u64, Box<str>>,
     /// Images that each version, model and back end classified.
     classified_by: BTreeMap<String, u64>,
     #[serde(rename = "images_per_second")]
     pub(super) rate: f64,
     #[serde(skip)]
     pub(super) embeddings: Embeddings,
+    /// Images in a job: all jobs have as many, but for the last.
     #[serde(skip)]
-    sizes: Sizes,
+    per_job: u64,
     /// The first result that could not be read: its job, and why.
     #[serde(skip)]
     pub(super) unreadable: Option<(String, String)>,
 }
 
-/// From which the number of a run's images follows: all its jobs have as many, but for the last.
-#[derive(Default)]
-struct Sizes {
-    jobs: u64,
-    a_job: u64,
-    last: Option<u64>,
-}
-
 impl Summary {
-    pub(super) fn add(&mut self, result: RunResult) {
+    pub(super) fn of(run: &str) -> Self {
+        Self { run: run.to_owned(), ..Self::default() }
+    }
+
+    /// Counts the result of job number `index`. A better one takes the place of the one before.
+    pub(super) fn add(&mut self, index: u64, result: RunResult, added: Added) {
+        if added == Added::Better {
+            self.forget_failure(index);
+        }
         self.embeddings.add(&result);
         let images = result.images().len() as u64;
-        if let Some(run) = &result.run {
-            self.sizes.jobs = self.sizes.jobs.max(run.jobs);
-            if images > 0 && run.index + 1 == run.jobs {
-                self.sizes.last = Some(images);
-            }
-        }
         let (provenance, entries) = match result.outcome {
             Outcome::Done { provenance, images } => (provenance, images),
-            Outcome::Failed { error } => {
-                *self.failed_jobs.entry(error.code).or_default() += 1;
-                return;
-            }
+            Outcome::Failed { error } => return self.add_failure(index, error.code),
             Outcome::Unreadable { reason } => {
-                *self.failed_jobs.entry(UNREADABLE.to_owned()).or_default() += 1;
                 self.unreadable.get_or_insert((result.job, reason));
-                return;
+                return self.add_failure(index, UNREADABLE.to_owned());
             }
         };
         let by = format!("{} {} {}", provenance.classes, provenance.model, provenance.backend);
         *self.classified_by.entry(by).or_default() += images;
         self.images += images;
-        self.sizes.a_job = self.sizes.a_job.max(images);
+        self.per_job = self.per_job.max(images);
         for entry in entries {
             match entry.verdict {
                 Verdict::Labelled(classified) => match classified.label {
@@ -88,26 +85,34 @@ impl Summary {
         }
     }
 
-    /// How many images the run has as far as its results tell, without those of jobs that failed
-    /// whole; none before the first result with images.
-    pub(super) fn expected(&self) -> Option<u64> {
-        let Sizes { jobs, a_job, last } = self.sizes;
-        if jobs == 0 || a_job == 0 {
-            return None;
-        }
-        let all = (jobs - 1).saturating_mul(a_job) + last.unwrap_or(a_job);
-        Some(self.without_failed(all))
+    fn add_failure(&mut self, index: u64, code: String) {
+        self.codes.insert(index, code.as_str().into());
+        *self.failed_jobs.entry(code).or_default() += 1;
     }
 
-    /// Of so many images those that have entries in the end.
+    fn forget_failure(&mut self, index: u64) {
+        let Some(code) = self.codes.remove(&index) else { return };
+        if let Some(count) = self.failed_jobs.get_mut(&*code) {
+            *count -= 1;
+        }
+        self.failed_jobs.retain(|_, count| *count > 0);
+    }
+
+    /// How many jobs failed with this code.
+    pub(super) fn failed_with(&self, code: &str) -> u64 {
+        self.failed_jobs.get(code).copied().unwrap_or(0)
+    }
+
+    /// Returns how many of the run's `images` images will have entries: those of jobs that failed whole
+    /// have none.
     pub(super) fn without_failed(&self, images: u64) -> u64 {
-        let failed = self.whole_jobs().saturating_mul(self.sizes.a_job);
+        let failed = self.whole_jobs().saturating_mul(self.per_job);
         images.saturating_sub(failed).max(self.images)
     }
 
     /// How many results could not be read.
     pub(super) fn unread(&self) -> u64 {
-        self.failed_jobs.get(UNREADABLE).copied().unwrap_or(0)
+        self.failed_with(UNREADABLE)
     }
 
     /// Images that have a label or are unknown.
@@ -204,6 +209,13 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    use crate::bulk::result::RunKey;
+
+    fn read(body: &str) -> RunResult {
+        let run = RunKey { id: "n".to_owned(), nonce: "x".to_owned() };
+        RunResult::read(body.as_bytes(), &run)
+    }
+
     fn done(index: u64, labels: &[Option<&str>], failed: &[&str]) -> RunResult {
         let labelled =
             labels.iter().map(|label| json!({"uri": "u", "label": label, "score": 0.5, "top": []}));
@@ -214,24 +226,22 @@ mod tests {
             "id": format!("n/{index}"), "status": "done", "classes": "s@1", "model": "m",
             "backend": "b", "images": images, "run": {"id": "n", "jobs": 4, "index": index},
         });
-        RunResult::read(result.to_string().as_bytes(), "n")
+        read(&result.to_string())
     }
 
     #[test]
-    fn results_are_counted_and_the_runs_images_follow_from_its_jobs() {
-        let mut summary = Summary::default();
-        assert_eq!((summary.expected(), summary.worst()), (None, Vec::new()));
-        summary.add(done(1, &[Some("a"), Some("b"), None], &["timeout"]));
-        assert_eq!(summary.expected(), Some(16));
-        summary.add(done(3, &[Some("b")], &[]));
-        assert_eq!((summary.expected(), summary.classified()), (Some(13), 4));
-        summary.add(RunResult::read(b"{\"id\":\"n/0\"}", "n"));
-        assert_eq!((summary.expected(), summary.unread()), (Some(9), 1));
+    fn results_are_counted() {
+        let mut summary = Summary::of("n");
+        assert_eq!((summary.without_failed(13), summary.worst()), (13, Vec::new()));
+        summary.add(1, done(1, &[Some("a"), Some("b"), None], &["timeout"]), Added::First);
+        summary.add(3, done(3, &[Some("b")], &[]), Added::First);
+        assert_eq!((summary.without_failed(13), summary.classified()), (13, 4));
+        summary.add(0, read(r#"{"id":"n/0"}"#), Added::First);
+        assert_eq!((summary.without_failed(13), summary.unread()), (9, 1));
         assert_eq!(summary.unreadable.as_ref().unwrap().0, "n/0");
-        summary.add(done(2, &[], &["timeout", "not_found", "x", "y"]));
-        assert_eq!((summary.images, summary.expected()), (9, Some(9)));
+        summary.add(2, done(2, &[], &["timeout", "not_found", "x", "y"]), Added::First);
+        assert_eq!((summary.images, summary.without_failed(13)), (9, 9));
         assert_eq!(summary.worst(), ["timeout 2", "not_found 1", "unreadable_result 1"]);
-        summary.run = "n".to_owned();
         summary.jobs = 4;
         assert_eq!(
             summary.text(),
@@ -240,11 +250,28 @@ mod tests {
     }
 
     #[test]
+    fn a_better_result_takes_the_place_of_a_failure() {
+        let failed = |code: &str| {
+            let error = json!({"code": code, "message": "x"});
+            read(&json!({"id": "n/1", "status": "failed", "error": error}).to_string())
+        };
+        let mut summary = Summary::default();
+        for (index, code) in [(0, "cancelled"), (1, "retries_exhausted"), (2, "cancelled")] {
+            summary.add(index, failed(code), Added::First);
+        }
+        summary.add(1, done(1, &[Some("a")], &[]), Added::Better);
+        summary.add(2, done(2, &[Some("a")], &[]), Added::Better);
+        assert_eq!((summary.failed_with("cancelled"), summary.whole_jobs()), (1, 1));
+        assert_eq!(summary.failed_jobs.keys().collect::<Vec<_>>(), ["cancelled"]);
+        assert_eq!((summary.images, summary.classified()), (2, 2));
+    }
+
+    #[test]
     fn no_line_is_wider_than_a_terminal() {
         let mut summary = Summary::default();
         let labels: Vec<String> = (0..30).map(|n| format!("a-rather-long-label-{n}")).collect();
         let labels: Vec<Option<&str>> = labels.iter().map(|label| Some(label.as_str())).collect();
-        summary.add(done(0, &labels, &[]));
+        summary.add(0, done(0, &labels, &[]), Added::First);
         let text = summary.text();
         assert!(text.contains("20 more"), "{text}");
         assert!(text.lines().all(|line| line.chars().count() <= WIDTH), "{text}");
