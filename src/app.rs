@@ -284,7 +284,7 @@ impl App {
             max_batch: s.embedder.max_batch,
         });
         for selector in s.preload()? {
-            let loaded = catalog.resolve(&selector).await;
+            let loaded = catalog.preload(&selector).await;
             loaded.with_context(|| format!("classes.preload: {selector}"))?;
         }
         let shadow = s.shadow()?.map(|selector| Arc::new(Shadow::new(selector)));

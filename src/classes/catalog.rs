@@ -7,8 +7,9 @@
 //! them. A version that fails validation never replaces one that works; it is refused, logged once,
 //! counted, and part of the status.
 //!
-//! Pinned versions are loaded on demand, one load for all who wait for it, and kept in a cache
-//! bounded in bytes, least recently used out first.
+//! Pinned versions are loaded on demand, one load for all who wait for it. They are kept in a cache
+//! bounded in bytes, together with the versions of sets that no job has asked for lately
+//! ([`IDLE`]): the least recently used are dropped first, and none that a job uses.
 
 mod set;
 
@@ -40,6 +41,9 @@ const ABSENCE: Duration = Duration::from_secs(1);
 /// Sets that are polled at once.
 const POLLS: usize = 8;
 
+/// A set that no job has asked for in this time counts towards the cache and may be dropped.
+const IDLE: Duration = Duration::from_secs(600);
+
 /// How long a version's way to a device is waited for.
 const UPLOAD: Duration = Duration::from_secs(30);
 
@@ -56,7 +60,7 @@ pub struct CatalogOptions {
     /// How often `active.json` is looked at without an announcement, and for how long a version
     /// that was refused is not tried again.
     pub poll: Duration,
-    /// What pinned versions may take in memory, in bytes.
+    /// What pinned versions and those of idle sets may take in memory, in bytes.
     pub cache_bytes: usize,
     /// The largest file of a version, in bytes.
     pub version_bytes: u64,
@@ -132,7 +136,12 @@ impl Catalog {
         let mut state = root.state();
         let serving = state.sets.get(&selector.set).and_then(|set| set.serving());
         match &selector.version {
-            None => serving.map(|loaded| loaded.classes),
+            None => {
+                if let Some(set) = state.sets.get(&selector.set) {
+                    set.use_now();
+                }
+                serving.map(|loaded| loaded.classes)
+            }
             Some(version) => serving
                 .filter(|loaded| loaded.classes.version() == version)
                 .or_else(|| state.use_pinned(&selector.set, version)?.loaded.get().cloned())
@@ -158,6 +167,23 @@ impl Catalog {
         }
     }
 
+    /// The same, for a set that is kept in memory for as long as the process lives.
+    ///
+    /// # Errors
+    /// As [`resolve`](Self::resolve).
+    pub async fn preload(
+        &self,
+        selector: &ClassSelector,
+    ) -> Result<Arc<ClassVectors>, ClassesError> {
+        let classes = self.resolve(selector).await?;
+        if let Origin::Root(root) = &self.origin
+            && selector.version.is_none()
+        {
+            root.set(&selector.set).keep();
+        }
+        Ok(classes)
+    }
+
     /// Looks at a set's `active.json` now and follows it; none if the set is not served here.
     pub async fn refresh(&self, set: &str) -> Option<SetStatus> {
         let Origin::Root(root) = &self.origin else { return None };
@@ -176,6 +202,7 @@ impl Catalog {
             // With jitter, so that a fleet does not ask all at once.
             sleep(root.options.poll.mul_f64(0.9 + 0.2 * fastrand::f64())).await;
             self.refresh_all().await;
+            root.state().trim(root.options.cache_bytes);
         }
     }
 
@@ -207,7 +234,9 @@ impl Catalog {
         if let Some(error) = set.failure() {
             return Err(error);
         }
-        self.follow(root, set, &mut dealt_with).await
+        let classes = self.follow(root, set, &mut dealt_with).await;
+        root.state().trim(root.options.cache_bytes);
+        classes
     }
 
     /// Reads `active.json`; if it names another version than the one served, loads and serves it.
@@ -391,11 +420,22 @@ impl State {
         Some(known)
     }
 
-    /// Forgets the least recently used until the rest is within the bound. The newest stays even
-    /// if it alone is over it: its job needs it anyway.
+    /// Drops versions of idle sets, then pinned ones, the least recently used first, until the rest
+    /// is within the bound. The newest pinned one stays even if it alone is over it: its job needs
+    /// it anyway.
     fn trim(&mut self, bytes: usize) {
         let size = |p: &Arc<Pinned>| p.loaded.get().map_or(0, |loaded| loaded.classes.bytes());
+        let mut idle: Vec<(Duration, usize, &Arc<Set>)> =
+            self.sets.values().filter_map(|set| set.idle(IDLE).map(|(i, b)| (i, b, set))).collect();
         let mut total: usize = self.pinned.iter().map(size).sum();
+        total += idle.iter().map(|(_, bytes, _)| bytes).sum::<usize>();
+        idle.sort_by_key(|(idle, ..)| *idle);
+        while total > bytes
+            && let Some((_, bytes, set)) = idle.pop()
+        {
+            set.forget();
+            total -= bytes;
+        }
         while self.pinned.len() > 1 && (total > bytes || self.pinned.len() > REMEMBERED) {
             total -= size(&self.pinned.remove(0));
         }
@@ -749,6 +789,43 @@ mod tests {
         let kept: Vec<String> = inner.state().pinned.iter().map(|p| p.version.clone()).collect();
         assert!(kept.len() * bytes <= 100, "{kept:?}");
         assert_eq!(kept[kept.len() - 2..], ["1", "5"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn sets_that_nobody_asks_for_are_dropped_and_the_least_used_goes_first() {
+        let root = Root::new(100);
+        for set in 0..6 {
+            root.version(&format!("s{set}"), "1", "m@1");
+            root.activate(&format!("s{set}"), "1");
+        }
+        let of = |set: &str| ClassSelector::parse(set).unwrap();
+        let used = root.catalog.preload(&of("s0")).await.unwrap();
+        let bytes = used.bytes();
+        assert!(3 * bytes <= 100 && 100 < 5 * bytes, "the test counts on it: {bytes}");
+        drop(used);
+        let used = root.catalog.resolve(&of("s1")).await.unwrap();
+        for set in 2..6 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            root.ask(&format!("s{set}")).await.unwrap();
+        }
+        let names = || -> Vec<String> {
+            root.catalog.status().into_iter().map(|status| status.set).collect()
+        };
+        let Origin::Root(inner) = &root.catalog.origin else { panic!("a root") };
+        inner.state().trim(100);
+        assert_eq!(names().len(), 6, "all were asked for lately");
+        tokio::time::sleep(IDLE).await;
+        root.ask("s2").await.unwrap();
+        inner.state().trim(2 * bytes);
+        // s0 is preloaded, a job uses s1, and s2 was asked for again.
+        assert_eq!(names(), ["s0", "s1", "s2", "s4", "s5"]);
+        inner.state().trim(0);
+        assert_eq!(names(), ["s0", "s1", "s2"]);
+        drop(used);
+        inner.state().trim(0);
+        assert_eq!(names(), ["s0", "s2"]);
+        // And it is loaded again when it is asked for.
+        assert_eq!(root.ask("s1").await.unwrap(), "s1@1");
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! One set of a catalog: the version that it serves, the swap to the next, and what was refused.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::Mutex as Turn;
@@ -18,6 +19,10 @@ pub(super) struct Set {
     /// Held by whoever looks at `active.json`; the ETag of the one that was dealt with last.
     pub turn: Turn<Option<ETag>>,
     seen: Mutex<Seen>,
+    /// When a job asked for it last.
+    used: Mutex<Instant>,
+    /// Whether it stays in memory without being asked for.
+    kept: AtomicBool,
 }
 
 #[derive(Default)]
@@ -36,7 +41,49 @@ struct Seen {
 impl Set {
     /// Of which nothing is known yet.
     pub fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), turn: Turn::default(), seen: Mutex::default() }
+        Self {
+            name: name.to_owned(),
+            turn: Turn::default(),
+            seen: Mutex::default(),
+            used: Mutex::new(Instant::now()),
+            kept: AtomicBool::new(false),
+        }
+    }
+
+    /// A job asks for it.
+    pub fn use_now(&self) {
+        *self.used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// It stays in memory for as long as the process lives.
+    pub fn keep(&self) {
+        self.kept.store(true, Ordering::Relaxed);
+    }
+
+    /// For how long no job has asked for it, and the bytes of the version that is served. `None`
+    /// if that is less than `least`, or the version is not to be dropped: preloaded, or in use.
+    pub fn idle(&self, least: Duration) -> Option<(Duration, usize)> {
+        let idle = self.used.lock().unwrap_or_else(PoisonError::into_inner).elapsed();
+        if idle < least || self.kept.load(Ordering::Relaxed) {
+            return None;
+        }
+        let seen = self.seen();
+        let classes = &seen.serving.as_ref()?.classes;
+        (Arc::strong_count(classes) == 1).then(|| (idle, classes.bytes()))
+    }
+
+    /// Drops the version that is served; the next job that asks loads it again.
+    pub fn forget(&self) {
+        let dropped = self.seen().serving.take();
+        if let Some(loaded) = &dropped {
+            let (version, bytes) = (loaded.classes.version(), loaded.classes.bytes());
+            tracing::info!(
+                set = self.name,
+                version,
+                bytes,
+                "dropped class vectors that no job asks for"
+            );
+        }
     }
 
     /// Why nothing is served, while that is taken for granted.
