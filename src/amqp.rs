@@ -10,6 +10,7 @@ pub mod connect;
 pub mod control;
 pub mod dead;
 pub mod inspect;
+pub mod losses;
 pub mod pass;
 pub mod publisher;
 pub mod sanitize;

@@ -13,6 +13,7 @@ use crate::amqp::AmqpOptions;
 use crate::amqp::address::{addresses, shown};
 use crate::amqp::control::{ControlClient, ControlListener};
 use crate::amqp::dead::{DeadError, DeadLetters};
+use crate::amqp::losses::Losses;
 use crate::amqp::publisher::Publisher;
 use crate::bulk::cancelled::CancelledRuns;
 use crate::classes::catalog::Catalog;
@@ -208,18 +209,20 @@ impl App {
         &self,
         options: &AmqpOptions,
         publisher: &Arc<Publisher>,
+        losses: &Arc<Losses>,
         readiness: &Arc<Readiness>,
     ) -> Box<dyn JobSource> {
         let s = &self.settings;
         let of = |lane: &Lane| -> Box<dyn JobSource> {
-            Box::new(AmqpSource::new(
+            let source = AmqpSource::new(
                 options.clone(),
                 s.topology_of(lane),
                 s.amqp.prefetch,
                 s.job_limits(),
                 Arc::clone(publisher),
                 Arc::clone(readiness),
-            ))
+            );
+            Box::new(source.with_losses(Arc::clone(losses)))
         };
         let lanes = &s.amqp.jobs_queue;
         match lanes.iter().len() {
@@ -298,13 +301,15 @@ impl App {
         tracing::info!(broker = brokers, worker = name, "connecting");
         let options = s.amqp_options(&name);
         let publisher = Arc::new(self.result_publisher(&options));
-        let source = self.source(&options, &publisher, &readiness);
+        let losses = Arc::new(Losses::new(options.clone(), s.topology()));
+        let source = self.source(&options, &publisher, &losses, &readiness);
         let (results, allowed) = (s.amqp.results_queue.clone(), s.amqp.reply_to_allow.clone());
         let sink = AmqpSink::new(Arc::clone(&publisher), results, allowed);
         let sink: Arc<dyn ResultSink> = Arc::new(sink.counted_by(Arc::clone(engine.metrics())));
         let listener = Arc::new(ControlListener::new(
             s.amqp_options(&name),
             s.topology(),
+            Arc::clone(&losses),
             Arc::clone(&catalog),
             shadow.clone(),
         ));

@@ -17,7 +17,7 @@ pub const REPLY_TYPE: &str = "control.reply.v1";
 /// The largest request that a worker reads, in bytes.
 pub const MAX_REQUEST_BYTES: usize = 64 * 1024;
 
-/// What a command wants of every worker.
+/// What a command, or another worker, wants of every worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Request {
@@ -32,6 +32,14 @@ pub enum Request {
     Status,
     /// Say what the shadow version counted.
     Shadow,
+    /// Say how many deliveries of a message came back to the broker from you while you lived. A worker
+    /// asks this before it counts a delivery that came back as the death of a process.
+    Losses {
+        /// The job's id.
+        job: String,
+        /// Which copy of the job: its header `angler-stamp`, or empty if it has none.
+        stamp: String,
+    },
 }
 
 /// One worker's answer.
@@ -67,6 +75,11 @@ pub enum Answer {
     Shadow {
         /// The counts.
         report: Option<Box<ShadowReport>>,
+    },
+    /// How many deliveries of the message it lost or handed back.
+    Losses {
+        /// As far as it remembers.
+        count: u32,
     },
 }
 

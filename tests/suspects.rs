@@ -16,6 +16,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use angler::amqp::AmqpOptions;
+use angler::amqp::control::ControlListener;
+use angler::amqp::losses::Losses;
 use angler::amqp::publisher::Publisher;
 use angler::amqp::topology::Topology;
 use angler::classes::catalog::Catalog;
@@ -110,7 +112,19 @@ async fn child() {
     let labels = ["red", "green", "blue"].map(str::to_owned).to_vec();
     let vectors = array![[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]];
     let classes = ClassVectors::new(("s", "1"), Contents::new(labels, vectors, MODEL)).unwrap();
+    let catalog = Arc::new(Catalog::fixed(classes, MODEL, 3).unwrap());
     let publisher = Arc::new(Publisher::new(options.clone(), topology.clone()));
+    // Nobody here needs long to connect again.
+    let losses = Losses::new(options.clone(), topology.clone());
+    let losses = Arc::new(losses.with_patience(Duration::from_secs(1)));
+    let listener = ControlListener::new(
+        options.clone(),
+        topology.clone(),
+        Arc::clone(&losses),
+        Arc::clone(&catalog),
+        None,
+    );
+    tokio::spawn(Arc::new(listener).run());
     let source = AmqpSource::new(
         options,
         topology,
@@ -120,10 +134,10 @@ async fn child() {
         Arc::new(Readiness::default()),
     );
     let worker = Worker::new(
-        Box::new(source),
+        Box::new(source.with_losses(losses)),
         Arc::new(AmqpSink::new(publisher, "angler.results".into(), vec![])),
         Arc::new(Pipeline::new(Arc::new(images), engine, spec, &limits)),
-        Arc::new(Catalog::fixed(classes, MODEL, 3).unwrap()),
+        catalog,
         WorkerOptions {
             name: "deadly".into(),
             model: MODEL.into(),

@@ -17,6 +17,7 @@ use lapin::{BasicProperties, Channel, Connection, Consumer};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
+use super::losses::{JobCopy, Losses};
 use super::topology::Topology;
 use super::{AmqpError, AmqpOptions, Backoff, close, connect, put, short};
 use crate::classes::catalog::Catalog;
@@ -37,7 +38,7 @@ const ANSWER: Duration = Duration::from_secs(10);
 pub struct ControlListener {
     options: AmqpOptions,
     topology: Topology,
-    instance: String,
+    losses: Arc<Losses>,
     catalog: Arc<Catalog>,
     shadow: Option<Arc<Shadow>>,
 }
@@ -47,11 +48,11 @@ impl ControlListener {
     pub fn new(
         options: AmqpOptions,
         topology: Topology,
+        losses: Arc<Losses>,
         catalog: Arc<Catalog>,
         shadow: Option<Arc<Shadow>>,
     ) -> Self {
-        let instance = format!("{:016x}", fastrand::u64(..));
-        Self { options, topology, instance, catalog, shadow }
+        Self { options, topology, losses, catalog, shadow }
     }
 
     /// Listens until the call is dropped; a connection that is lost is replaced.
@@ -129,6 +130,10 @@ impl ControlListener {
                 let report = self.shadow.as_ref().map(|shadow| Box::new(shadow.report()));
                 reply(Answer::Shadow { report }).await;
             }
+            Request::Losses { job, stamp } => {
+                let count = self.losses.of(&JobCopy { job, stamp });
+                reply(Answer::Losses { count }).await;
+            }
         }
     }
 
@@ -136,7 +141,7 @@ impl ControlListener {
     async fn reply(&self, channel: &Channel, request: &BasicProperties, answer: Answer) {
         let Some(to) = request.reply_to() else { return };
         let worker = self.options.name.clone();
-        let reply = Reply { worker, instance: self.instance.clone(), answer };
+        let reply = Reply { worker, instance: self.losses.instance().to_owned(), answer };
         let Ok(body) = serde_json::to_vec(&reply) else { return };
         let mut properties = BasicProperties::default()
             .with_type(REPLY_TYPE.into())

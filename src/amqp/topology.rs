@@ -56,6 +56,11 @@ impl Topology {
         format!("{}.suspects", self.base())
     }
 
+    /// The turn to run suspects, which one worker of the fleet has.
+    pub(crate) fn suspects_turn(&self) -> String {
+        format!("{}.turn", self.suspects_queue())
+    }
+
     fn base(&self) -> &str {
         self.jobs.strip_suffix(".jobs").unwrap_or(&self.jobs)
     }

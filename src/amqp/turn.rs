@@ -91,6 +91,7 @@ async fn declare(connection: &Connection, queue: &str) -> Result<Option<Channel>
     }
 }
 
-fn is_locked(error: &lapin::Error) -> bool {
+/// `true` if another connection has the turn that was asked for.
+pub(crate) fn is_locked(error: &lapin::Error) -> bool {
     refused(error).is_some_and(|(kind, _)| kind == AMQPSoftError::RESOURCELOCKED)
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use angler::amqp::AmqpOptions;
+use angler::amqp::losses::Losses;
 use angler::amqp::publisher::{Published, Publisher};
 use angler::amqp::topology::Topology;
 use angler::error::{Failure, FailureCode};
@@ -113,14 +114,17 @@ impl Amqp {
 
     /// A source that reaches the broker by another way.
     pub fn source_at(&self, url: &str, prefetch: u16) -> Box<dyn JobSource> {
-        Box::new(AmqpSource::new(
-            AmqpOptions { url: url.to_owned(), ..Self::options(&self.broker) },
+        let options = AmqpOptions { url: url.to_owned(), ..Self::options(&self.broker) };
+        let losses = Losses::new(options.clone(), self.topology.clone());
+        let source = AmqpSource::new(
+            options,
             self.topology.clone(),
             prefetch,
             LIMITS,
             self.publisher(),
             Arc::new(Readiness::default()),
-        ))
+        );
+        Box::new(source.with_losses(Arc::new(losses.with_patience(Duration::ZERO))))
     }
 
     pub fn client(&self) -> &Client {
@@ -246,6 +250,13 @@ async fn receive_suspect(source: &mut Box<dyn JobSource>) -> Delivery {
     delivery
 }
 
+/// Ends a worker as its death does: without a word, and with what it holds.
+async fn die(mut source: Box<dyn JobSource>, held: impl IntoIterator<Item = Delivery>) {
+    source.close().await;
+    drop(source);
+    held.into_iter().for_each(drop);
+}
+
 /// Nothing comes; waited for as long as it takes to be fairly sure.
 async fn nothing_comes(source: &mut Box<dyn JobSource>) {
     let received = tokio::time::timeout(2 * SHORT, source.receive()).await;
@@ -336,17 +347,12 @@ async fn what_a_dead_worker_held_comes_again_apart(world: &impl World) {
     assert_eq!(id(&acked), "a");
     acked.settle.settle(Settlement::Ack).await;
     let held = [receive(&mut source).await, receive(&mut source).await];
-    drop(held);
-    // No stop: a worker that dies says nothing.
-    source.close().await;
-    drop(source);
+    die(source, held).await;
     // The first time may be an accident of its connection.
     let mut source = world.source();
     let held = [receive(&mut source).await, receive(&mut source).await];
     assert_eq!(held.each_ref().map(|delivery| delivery.suspect), [false; 2]);
-    drop(held);
-    source.close().await;
-    drop(source);
+    die(source, held).await;
 
     let mut source = world.source();
     let mut again = Vec::new();
@@ -368,12 +374,12 @@ async fn a_suspect_that_is_given_back_stays_one_and_one_that_is_retried_is_none(
     world: &impl World,
 ) {
     world.push(&job("a")).await;
-    let mut source = world.source();
     for _ in 0..2 {
-        drop(receive(&mut source).await);
-        source.close().await;
-        source = world.source();
+        let mut source = world.source();
+        let held = receive(&mut source).await;
+        die(source, [held]).await;
     }
+    let mut source = world.source();
     // As often as it likes: this is no failed run.
     for _ in 0..5 {
         let suspect = receive_suspect(&mut source).await;
@@ -712,21 +718,18 @@ async fn a_suspect_whose_worker_ends_again_and_again_is_given_up_with_a_reason()
     let run = json!({"id": "r", "jobs": 2, "index": 1});
     let body = json!({"id": "a", "images": ["s3://b/k"], "classes": "s", "run": run}).to_string();
     world.push(body.as_bytes()).await;
-    let mut source = world.source();
     for _ in 0..2 {
-        drop(receive(&mut source).await);
-        source.close().await;
-        source = world.source();
+        let mut source = world.source();
+        let held = receive(&mut source).await;
+        die(source, [held]).await;
     }
+    let mut source = world.source();
     for _ in 0..3 {
-        source.close().await;
-        source = world.source();
         let suspect = receive_suspect(&mut source).await;
         assert_eq!(suspect.job.as_ref().unwrap().id, "a");
-        drop(suspect);
+        die(source, [suspect]).await;
+        source = world.source();
     }
-    source.close().await;
-    let mut source = world.source();
     let given_up = receive_suspect(&mut source).await;
     let unworkable = given_up.job.unwrap_err();
     assert_eq!(unworkable.failure.code, FailureCode::RetriesExhausted);

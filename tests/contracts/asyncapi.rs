@@ -135,6 +135,7 @@ fn message_types_are_those_of_the_code() {
     for (message, kind) in [
         ("job", JOB_TYPE),
         ("retriedJob", JOB_TYPE),
+        ("suspectJob", JOB_TYPE),
         ("deadJob", JOB_TYPE),
         ("result", RESULT_TYPE),
         ("control", REQUEST_TYPE),
@@ -151,7 +152,7 @@ fn message_types_are_those_of_the_code() {
         assert_eq!(properties["properties"]["type"]["const"], kind);
     }
     let messages = document["components"]["messages"].as_object().unwrap();
-    assert_eq!(messages.len(), 5);
+    assert_eq!(messages.len(), 6);
 }
 
 #[test]

@@ -11,9 +11,13 @@ fn the_schema_of_requests_accepts_what_workers_understand_and_no_others() {
     assert_eq!(schema.json["$id"], format!("urn:angler:{REQUEST_TYPE}"));
     assert_eq!(schema.codes("/properties/kind"), names::<Request>(json!({"kind": "no_such_kind"})));
     let activated = Request::Activated { set: "bottles".into(), version: "8".into() };
-    let requests = [activated, Request::Status, Request::Shadow]
+    let losses = Request::Losses { job: "nightly/000017".into(), stamp: String::new() };
+    let requests = [activated, losses, Request::Status, Request::Shadow]
         .map(|request| serde_json::to_value(request).unwrap());
-    assert_eq!(&schema.fields("") | &schema.fields("/then"), keys(&requests[0]));
+    for (place, request) in requests[..2].iter().enumerate() {
+        let own = schema.fields(&format!("/allOf/{place}/then"));
+        assert_eq!(&schema.fields("") | &own, keys(request));
+    }
     let mut all = schema.json["examples"].as_array().unwrap().clone();
     all.extend(requests);
     schema.accepts(&all);

@@ -11,13 +11,14 @@
 //! take as long as a job.
 //!
 //! A delivery that cannot be published anywhere is [handed back](PendingAck::requeue) to the broker or
-//! [left to its dead-lettering](PendingAck::reject) instead. That is rare: it is written before the
-//! acks that came with it, so that no `multiple` covers it.
+//! [left to its dead-lettering](PendingAck::reject) instead, and one that is dropped is handed back.
+//! That is rare: it is written before the acks that came with it, so that no `multiple` covers it.
 //!
 //! Tags mean something on their own channel only. A [`PendingAck`] knows its channel's task, which
 //! ends with the connection; then the delivery comes back.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use futures_util::future::try_join_all;
 use lapin::Channel;
@@ -25,23 +26,32 @@ use lapin::options::{BasicAckOptions, BasicNackOptions};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::amqp::losses::{JobCopy, Losses};
+
 /// Hands out the acks of one channel.
 #[derive(Clone)]
 pub(super) struct Acks {
     settled: mpsc::Sender<Settled>,
+    losses: Arc<Losses>,
 }
 
-/// The duty to ack one delivery, once it is safe elsewhere. Dropped: it stays unacked.
+/// The duty to ack one delivery, once it is safe elsewhere. Dropped: the delivery is handed back.
+///
+/// What comes back to the broker because of this process, whether it was handed back or its channel is
+/// gone, is noted: this process lives.
 pub(super) struct PendingAck {
     tag: u64,
-    settled: mpsc::Sender<Settled>,
+    acks: Acks,
+    /// What it is; `None` once it is settled.
+    copy: Option<JobCopy>,
 }
 
 struct Settled {
     /// `None` only to learn that all before it is written.
     tag: Option<u64>,
     how: How,
-    written: oneshot::Sender<()>,
+    /// `None` if nobody waits.
+    written: Option<oneshot::Sender<()>>,
 }
 
 /// What the broker does with a delivery.
@@ -57,20 +67,29 @@ enum How {
 
 impl Acks {
     /// Starts the task of a channel on which at most `prefetch` deliveries are unacked.
-    pub fn start(channel: Channel, prefetch: u16) -> (Self, AbortOnDropHandle<()>) {
-        let (settled, queue) = mpsc::channel(usize::from(prefetch.max(1)));
+    pub fn start(
+        channel: Channel,
+        prefetch: u16,
+        losses: Arc<Losses>,
+    ) -> (Self, AbortOnDropHandle<()>) {
+        // Each of them is settled once, and one call waits for all.
+        let (settled, queue) = mpsc::channel(usize::from(prefetch.max(1)) + 1);
         let task = tokio::spawn(write(channel, queue));
-        (Self { settled }, AbortOnDropHandle::new(task))
+        (Self { settled, losses }, AbortOnDropHandle::new(task))
     }
 
-    /// For the delivery of this tag.
-    pub fn pending(&self, tag: u64) -> PendingAck {
-        PendingAck { tag, settled: self.settled.clone() }
+    /// Returns the ack of the delivery of this tag.
+    pub fn pending(&self, tag: u64, copy: JobCopy) -> PendingAck {
+        PendingAck { tag, acks: self.clone(), copy: Some(copy) }
     }
 
     /// Returns once all that was settled is written, or cannot be any more.
     pub async fn flushed(&self) {
-        hand_over(&self.settled, None, How::Ack).await;
+        let (written, done) = oneshot::channel();
+        let nothing = Settled { tag: None, how: How::Ack, written: Some(written) };
+        if self.settled.send(nothing).await.is_ok() {
+            let _ = done.await;
+        }
     }
 }
 
@@ -91,22 +110,34 @@ impl PendingAck {
         self.settle(How::Reject).await;
     }
 
-    async fn settle(self, how: How) {
-        if !hand_over(&self.settled, Some(self.tag), how).await {
+    /// Dropped before it is handed over, it is handed back; dropped later, it is written or not, and
+    /// both are right for a delivery that is safe elsewhere.
+    async fn settle(mut self, how: How) {
+        let Ok(place) = self.acks.settled.reserve().await else { return };
+        let (written, done) = oneshot::channel();
+        place.send(Settled { tag: Some(self.tag), how, written: Some(written) });
+        let Some(copy) = self.copy.take() else { return };
+        if how == How::Requeue {
+            self.acks.losses.note(copy);
+        } else if done.await.is_err() {
             tracing::debug!(
                 tag = self.tag,
                 ?how,
                 "not settled, its channel is gone: it comes back"
             );
+            self.acks.losses.note(copy);
         }
     }
 }
 
-/// Whether it was written. Dropped in between, it is written or not; both are right for a delivery
-/// that is safe elsewhere.
-async fn hand_over(queue: &mpsc::Sender<Settled>, tag: Option<u64>, how: How) -> bool {
-    let (written, done) = oneshot::channel();
-    queue.send(Settled { tag, how, written }).await.is_ok() && done.await.is_ok()
+impl Drop for PendingAck {
+    fn drop(&mut self) {
+        let Some(copy) = self.copy.take() else { return };
+        self.acks.losses.note(copy);
+        // Without a channel the broker takes it back by itself.
+        let back = Settled { tag: Some(self.tag), how: How::Requeue, written: None };
+        let _ = self.acks.settled.try_send(back);
+    }
 }
 
 /// Writes acks until the channel is gone. What is left in the queue is dropped with it, which tells
@@ -120,8 +151,8 @@ async fn write(channel: Channel, mut queue: mpsc::Receiver<Settled>) {
             tracing::warn!("deliveries could not be acked and come back: {error}");
             return;
         }
-        for Settled { written, .. } in batch.drain(..) {
-            let _ = written.send(()); // Whoever settled it may be gone.
+        for written in batch.drain(..).filter_map(|settled: Settled| settled.written) {
+            let _ = written.send(()); // Nobody may wait any more.
         }
     }
 }

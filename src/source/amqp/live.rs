@@ -12,12 +12,18 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::acks::Acks;
+use crate::amqp::ask::answer;
 use crate::amqp::connect::connect_somewhere;
+use crate::amqp::losses::Losses;
 use crate::amqp::topology::Topology;
+use crate::amqp::turn::{Turn, TurnError, is_locked};
 use crate::amqp::{AmqpError, AmqpOptions, short};
 
 /// How often the queue of suspects is looked at.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// Suspects that are unacked at once: one that runs, and those that are looked into.
+const SUSPECTS: u16 = 64;
 
 pub(super) struct Live {
     /// The broker's address, for logs.
@@ -32,12 +38,15 @@ pub(super) struct Live {
     pub suspects: Channel,
     /// Of what came on `suspects`.
     pub suspect_acks: Acks,
+    /// The turn to run suspects, while this worker has it.
+    pub turn: Option<Turn>,
     /// Cancelled with the connection.
     pub lost: CancellationToken,
     /// Cancels `lost` when the connection reports an error, even while nobody receives.
     _watch: AbortOnDropHandle<()>,
     _look: AbortOnDropHandle<()>,
-    _acking: [AbortOnDropHandle<()>; 2],
+    _acking: AbortOnDropHandle<()>,
+    _acking_suspects: AbortOnDropHandle<()>,
 }
 
 /// Connects, declares the topology and consumes. `waiting` tells whether suspects wait.
@@ -46,6 +55,7 @@ pub(super) async fn open(
     topology: &Topology,
     prefetch: u16,
     waiting: Arc<watch::Sender<bool>>,
+    losses: &Arc<Losses>,
 ) -> Result<Live, AmqpError> {
     let (connection, address) = connect_somewhere(options, "consume").await?;
     for mismatch in topology.declare(&connection).await? {
@@ -60,8 +70,9 @@ pub(super) async fn open(
     // Unacked deliveries at once; the worker holds no more jobs than that.
     channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
     let consumer = consume(&channel, topology, options).await?;
-    let (acks, acking) = Acks::start(channel.clone(), prefetch);
-    let (suspect_acks, acking_suspects) = Acks::start(suspects.clone(), 1);
+    let (acks, acking) = Acks::start(channel.clone(), prefetch, Arc::clone(losses));
+    let (suspect_acks, acking_suspects) =
+        Acks::start(suspects.clone(), SUSPECTS, Arc::clone(losses));
     Ok(Live {
         broker: address.to_string(),
         connection,
@@ -70,11 +81,32 @@ pub(super) async fn open(
         consumer: Some(consumer),
         suspects,
         suspect_acks,
+        turn: None,
         lost,
         _watch: watch,
         _look: look,
-        _acking: [acking, acking_suspects],
+        _acking: acking,
+        _acking_suspects: acking_suspects,
     })
+}
+
+impl Live {
+    /// Asks to be the one worker that runs suspects.
+    ///
+    /// # Errors
+    /// [`TurnError`].
+    pub async fn take_turn(&mut self, queue: &str, losses: &Arc<Losses>) -> Result<(), TurnError> {
+        if self.turn.is_none() {
+            self.turn = Some(Turn::take(&self.connection, queue, Duration::ZERO).await?);
+        }
+        // It was closed after an answer that did not come.
+        if !self.suspects.status().connected() {
+            self.suspects = answer(self.connection.create_channel()).await?;
+            (self.suspect_acks, self._acking_suspects) =
+                Acks::start(self.suspects.clone(), SUSPECTS, Arc::clone(losses));
+        }
+        Ok(())
+    }
 }
 
 /// Begins to consume the jobs queue: acks by hand, competing consumers.
@@ -94,6 +126,10 @@ fn watch_events(connection: &Connection, lost: CancellationToken) -> AbortOnDrop
     AbortOnDropHandle::new(tokio::spawn(async move {
         while let Some(event) = events.next().await {
             if let Event::Error(error) = event {
+                // Another worker has the turn.
+                if is_locked(&error) {
+                    continue;
+                }
                 tracing::warn!("the consuming connection is lost: {error}");
                 break;
             }

@@ -23,6 +23,12 @@ use crate::source::{Settle, Settlement, Unsettled};
 pub(super) const ATTEMPT: &str = "angler-attempt";
 const ERROR: &str = "angler-error";
 
+/// Which run alone of a suspect comes next, from 1.
+pub(super) const LONE_RUN: &str = "angler-lone-run";
+
+/// Tells the copies of a suspect apart.
+pub(super) const STAMP: &str = "angler-stamp";
+
 /// How long a retry queue may refuse a job, or be missing. After that the job is tried again from its
 /// own queue; the time is also the pause between two such attempts.
 const RETRY_PATIENCE: Duration = Duration::from_secs(5);
@@ -55,14 +61,30 @@ pub(super) struct Message {
     pub ack: PendingAck,
     pub publisher: Arc<Publisher>,
     pub topology: Arc<Topology>,
-    /// Whether it came from the queue of suspects, else from that of jobs.
-    pub suspect: bool,
+    pub origin: Origin,
     pub properties: BasicProperties,
     pub body: Vec<u8>,
     pub attempt: u32,
+    /// Which run alone this is, if it is a suspect.
+    pub lone_run: u32,
+}
+
+/// The queue that a message came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Origin {
+    Jobs,
+    Suspects,
 }
 
 impl Message {
+    /// Returns the name of the queue that it came from.
+    pub fn queue(&self) -> String {
+        match self.origin {
+            Origin::Jobs => self.topology.jobs.clone(),
+            Origin::Suspects => self.topology.suspects_queue(),
+        }
+    }
+
     /// Returns the message's properties for publishing it again, with headers of ours and without
     /// those that [stay behind](stays_behind).
     fn copy(&self, own: &[(&str, AMQPValue)]) -> BasicProperties {
@@ -86,6 +108,7 @@ impl Message {
             .into_iter()
             .flatten()
             .filter(|(key, _)| !stays_behind(key.as_str()))
+            .filter(|(key, _)| !matches!(key.as_str(), LONE_RUN | STAMP))
             .filter(|(key, value)| fits(key, value))
             .map(|(key, value)| (key.clone(), value.clone()))
             .chain(own.iter().map(|(key, value)| (short(key), value.clone())))
@@ -115,14 +138,15 @@ impl Message {
     /// broker counts that as a failed delivery, and anyone who gets it would take it for a suspect. So
     /// it is nacked only if the queue does not accept it soon.
     pub async fn give_back(self) {
-        self.give_back_with(&[]).await;
+        let own = match self.origin {
+            Origin::Jobs => vec![],
+            Origin::Suspects => stamped(self.lone_run),
+        };
+        self.give_back_with(&own).await;
     }
 
     async fn give_back_with(self, own: &[(&str, AMQPValue)]) {
-        let queue = match self.suspect {
-            true => self.topology.suspects_queue(),
-            false => self.topology.jobs.clone(),
-        };
+        let queue = self.queue();
         let copy = self.copy(own);
         let publishing = self.publisher.publish_to_own(&queue, &copy, &self.body);
         match timeout(GIVE_BACK, publishing).await {
@@ -142,10 +166,20 @@ impl Message {
         }
     }
 
-    /// Moves it to the queue of suspects.
-    pub async fn set_apart(self) {
+    /// Moves it to the end of the queue of suspects, for a run alone of this number.
+    ///
+    /// # Errors
+    /// The message again, if the queue can never accept it.
+    pub async fn set_apart(self, lone_run: u32) -> Result<(), (Box<Self>, TooLarge)> {
         let queue = self.topology.suspects_queue();
-        self.move_to(&queue, &[]).await;
+        let copy = self.copy(&stamped(lone_run));
+        match self.publisher.publish_to_own(&queue, &copy, &self.body).await {
+            Ok(()) => {
+                self.ack.ack().await;
+                Ok(())
+            }
+            Err(error) => Err((Box::new(self), error)),
+        }
     }
 
     /// Moves it to the retry queue of this delay, or to its own queue if it cannot wait there. The
@@ -174,6 +208,12 @@ impl Message {
         }
         None
     }
+}
+
+/// The headers of a new copy of a suspect.
+fn stamped(lone_run: u32) -> Vec<(&'static str, AMQPValue)> {
+    let stamp = format!("{:016x}", fastrand::u64(..));
+    vec![(LONE_RUN, AMQPValue::LongUInt(lone_run)), (STAMP, text(&stamp))]
 }
 
 fn text(text: &str) -> AMQPValue {
