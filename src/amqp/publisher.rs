@@ -170,18 +170,21 @@ impl Publisher {
 
     /// Publishes to a queue and returns once the broker has confirmed or returned the message, or has
     /// refused it for good. What can pass (a lost connection, a nack, a broker that is down) is waited
-    /// for; the caller bounds that by dropping the call.
+    /// for; the caller bounds that by dropping the call. Meanwhile [`Self::follow`] says what the message
+    /// waits for.
     pub async fn publish(
         &self,
         queue: &str,
         properties: &BasicProperties,
         body: &[u8],
     ) -> Published {
+        let wait = self.waiting.begin(queue);
         let mut backoff = Backoff::default();
         loop {
             match self.offer(queue, properties, body, CONFIRM).await {
                 Ok(published) => return published,
                 Err(refusal) => {
+                    wait.because(&refusal.0);
                     tracing::debug!(queue, "refused, and sent again: {refusal}");
                     sleep(backoff.next()).await;
                 }

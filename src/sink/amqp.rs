@@ -1,7 +1,8 @@
 //! Results to RabbitMQ: to the job's `reply_to`, else to the results queue, with confirms.
 //!
-//! The results queue is the worker's own, so a result waits for it as long as it takes. A `reply_to`
-//! is somebody else's: if it does not exist or refuses for too long, the result goes to the results
+//! The results queue is the worker's own, and so is that of a bulk run: a result waits for it as long
+//! as it takes, since a run that misses one can never be complete. Any other `reply_to` is somebody
+//! else's: if it does not exist or refuses for too long, the result goes to the results
 //! queue with a header that says so. A direct reply goes to a client that waits for it; if that client
 //! is gone, nobody else wants the result.
 
@@ -16,6 +17,7 @@ use self::refusing::Refusing;
 use super::{ResultSink, SinkError};
 use crate::amqp::publisher::{Published, Publisher, Refusal, TooLarge};
 use crate::amqp::{Backoff, DIRECT_REPLY, is_direct_reply, short};
+use crate::bulk::queues::RunQueues;
 use crate::error::FatalError;
 use crate::job::{JobResult, RESULT_TYPE, Run};
 use crate::metrics::Metrics;
@@ -28,6 +30,8 @@ pub struct AmqpSink {
     results: String,
     /// Patterns with `*` that a `reply_to` must match; empty: any queue.
     reply_to_allow: Vec<String>,
+    /// The fleet's first jobs queue, which the queues of bulk runs are named after.
+    runs_of: String,
     refusing: Refusing,
     metrics: Arc<Metrics>,
 }
@@ -47,7 +51,15 @@ impl AmqpSink {
     /// Results through `publisher` to the queue `results` unless their job names another.
     pub fn new(publisher: Arc<Publisher>, results: String, reply_to_allow: Vec<String>) -> Self {
         let (refusing, metrics) = (Refusing::default(), Arc::default());
-        Self { publisher, results, reply_to_allow, refusing, metrics }
+        Self { publisher, results, reply_to_allow, runs_of: String::new(), refusing, metrics }
+    }
+
+    /// Waits for the results queues of bulk runs as for its own. They are named after `jobs`, the
+    /// fleet's first jobs queue.
+    #[must_use]
+    pub fn with_runs_of(mut self, jobs: &str) -> Self {
+        jobs.clone_into(&mut self.runs_of);
+        self
     }
 
     /// Records what is published.
@@ -70,7 +82,14 @@ impl AmqpSink {
             tracing::warn!(job, run, queue, "reply_to is not allowed (amqp.reply_to_allow)");
             return Ok(Replied::Diverted(REFUSED));
         }
-        match self.offer(queue, properties, body).await {
+        let own = result.run.as_ref().and_then(|run| RunQueues::of_job(&self.runs_of, run));
+        let offered = match own {
+            Some(run) if run.results == queue => {
+                Ok(self.publisher.publish(queue, properties, body).await)
+            }
+            _ => self.offer(queue, properties, body).await,
+        };
+        match offered {
             Ok(Published::Confirmed) => Ok(Replied::Done),
             Ok(Published::TooLarge(error)) => Err(error),
             Ok(Published::Unroutable) => {

@@ -11,7 +11,9 @@ use angler::sink::ResultSink;
 use angler::sink::amqp::AmqpSink;
 use angler::sink::jsonl::JsonLinesSink;
 use angler::source::Reply;
-use lapin::types::ShortString;
+use lapin::options::{BasicPublishOptions, QueueDeclareOptions};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{BasicProperties, Confirmation};
 use serde_json::Value;
 use tokio::task::JoinSet;
 
@@ -314,6 +316,59 @@ async fn amqp_results_for_a_queue_that_is_not_there_are_kept_with_its_name() {
     }
     seen.sort_unstable();
     assert_eq!(seen, (0..40).collect::<Vec<_>>());
+}
+
+/// A bounded quorum queue that is full.
+async fn full_queue(world: &Amqp, name: &str) {
+    let mut arguments = FieldTable::default();
+    for (key, value) in [("x-queue-type", "quorum"), ("x-overflow", "reject-publish")] {
+        arguments.insert(key.into(), AMQPValue::LongString(value.into()));
+    }
+    arguments.insert("x-max-length".into(), AMQPValue::LongLongInt(1));
+    let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+    let channel = &world.client().channel;
+    channel.queue_declare(name.into(), durable, arguments).await.unwrap();
+    // It notices a little late that it is full.
+    loop {
+        let options = BasicPublishOptions::default();
+        let properties = BasicProperties::default();
+        let sent = channel.basic_publish("".into(), name.into(), options, b"full", properties);
+        if matches!(sent.await.unwrap().await.unwrap(), Confirmation::Nack(_)) {
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn amqp_results_of_a_run_wait_for_its_queue_where_others_do_not() {
+    let world = Amqp::new().await;
+    let queue = "angler.run.nightly@4f1d09a3c2be";
+    full_queue(&world, queue).await;
+    let sink = AmqpSink::new(world.publisher(), "angler.results".into(), vec![])
+        .with_runs_of("angler.jobs");
+    let to = reply(Some(queue), None);
+    // Somebody else's result is given up, and from then on the queue is known to refuse.
+    sink.publish(&result(1, 1), &to).await.unwrap();
+    let diverted = get(&world, "angler.results").await;
+    assert_eq!(diverted.header("angler-reply-to-refused").as_deref(), Some(queue));
+    let mut own = result(2, 1);
+    let nonce = Some("4f1d09a3c2be".to_owned());
+    own.run = Some(Run { id: "nightly".into(), jobs: 9, index: 2, nonce });
+    let expected = json(&own);
+    let publishing = tokio::spawn(async move { sink.publish(&own, &to).await });
+    // There is room once the queue is emptied.
+    let arrived = async {
+        loop {
+            match world.client().get(queue).await {
+                Some(message) if message.raw != b"full" => return message,
+                Some(_) => {}
+                None => tokio::task::yield_now().await,
+            }
+        }
+    };
+    assert_eq!(soon("the result is in its queue", arrived).await.body, expected);
+    soon("it is confirmed", publishing).await.unwrap().unwrap();
+    assert!(world.client().get("angler.results").await.is_none());
 }
 
 #[tokio::test]
