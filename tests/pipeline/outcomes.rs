@@ -299,7 +299,7 @@ async fn of_a_list_every_image_is_told_though_there_is_no_queue_for_a_later_atte
     images[3] = "storage_unavailable".to_owned();
     let mut run = rig.start_with(|_| Box::new(FolderSource::new(template, images)));
     run.ended().await.unwrap();
-    let told: Vec<String> = run.sink.results().iter().flat_map(|r| verdicts(r)).collect();
+    let told: Vec<String> = run.sink.results().iter().flat_map(verdicts).collect();
     assert_eq!(told.len(), 40);
     assert_eq!(told.iter().filter(|told| *told == "storage_unavailable").count(), 1);
 }
