@@ -37,7 +37,7 @@ impl Store {
         self.server.signal("HUP");
         // It has taken note once the identity may do something, or exists.
         let client = s3_client_at(&self.endpoint, key, secret);
-        let read_anything = actions.iter().any(|action| *action == "Read");
+        let read_anything = actions.contains(&"Read");
         eventually("the store knows its identities", async || {
             let answer = client.get_object().bucket("no-such-bucket").key("k").send().await;
             let error = answer.unwrap_err().into_service_error();

@@ -182,10 +182,10 @@ async fn messages_that_cannot_be_parsed_stop_nothing_else_that_reads_queues() {
     let (code, _, log) = world.setup.run(&enqueue);
     assert_eq!(code, 0, "{log}");
     let queues = world.broker.manage("GET", &format!("queues/{}", world.broker.vhost), None);
-    let names = queues.as_array().unwrap().iter().map(|queue| queue["name"].as_str().unwrap());
+    let mut names = queues.as_array().unwrap().iter().map(|queue| queue["name"].as_str().unwrap());
     let is_results =
         |name: &&str| name.starts_with("angler.run.r") && name.matches('.').count() == 2;
-    let results = names.filter(is_results).next().unwrap();
+    let results = names.find(is_results).unwrap();
     for (_, properties, _) in &unparsable {
         assert!(publisher.publish(results, properties, b"{}").await.unwrap());
     }
