@@ -25,7 +25,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use self::incoming::Reader;
-use self::live::{Live, consume, open};
+use self::live::{FRAME_MAX, Live, consume, open};
 use self::settle::{Message, Origin};
 use super::{Delivery, JobSource};
 use crate::amqp::losses::Losses;
@@ -86,7 +86,12 @@ impl AmqpSource {
         let topology = Arc::new(topology);
         Self {
             options,
-            reader: Reader { publisher, topology: Arc::clone(&topology), limits },
+            reader: Reader {
+                publisher,
+                topology: Arc::clone(&topology),
+                limits,
+                frame_max: FRAME_MAX,
+            },
             topology,
             prefetch,
             losses,
@@ -164,6 +169,7 @@ impl AmqpSource {
                     );
                     self.readiness.set_broker(&self.topology.jobs, &live.broker);
                     self.readiness.set_consuming(&self.topology.jobs);
+                    self.reader.frame_max = live.frame_max();
                     self.live = Some(live);
                 }
                 Ok(Err(error)) => self.try_again(&error.to_string()),

@@ -810,6 +810,30 @@ async fn what_a_full_queue_does_not_take_back_is_handed_back_to_its_head() {
 }
 
 #[tokio::test]
+async fn headers_of_ours_fit_into_small_frames_as_well() {
+    let world = Amqp::new().await;
+    let url = format!("{}?frame_max=8192", world.broker.url);
+    let options = AmqpOptions { url: url.clone(), ..Amqp::options(&world.broker) };
+    let publisher = Arc::new(Publisher::new(options, world.topology.clone()));
+    let world = Amqp { publisher, ..world };
+    let headers = table(&[("tenant", text(&"t".repeat(500))), ("large", text(&"l".repeat(6_000)))]);
+    let properties = BasicProperties::default().with_headers(headers);
+    world.publish(&job("a"), properties).await;
+    let mut source = world.source_at(&url, 10);
+    let error = "\u{1f980}".repeat(1_000);
+    let retry = Settlement::Retry { delay: SHORT, error: error.clone() };
+    receive(&mut source).await.settle.settle(retry).await;
+    let failure = Failure::new(FailureCode::RetriesExhausted, error);
+    let settled = receive(&mut source).await.settle.settle(Settlement::DeadLetter(failure));
+    soon("the job is given up", settled).await;
+    let dead = world.dead().await;
+    assert_eq!(dead.header("tenant").unwrap().len(), 500);
+    assert!(dead.header("large").is_none());
+    assert!(dead.header("angler-error").unwrap().starts_with("\u{1f980}"));
+    end(source).await;
+}
+
+#[tokio::test]
 async fn a_retry_that_the_broker_refuses_for_its_size_can_be_settled_otherwise() {
     let server = Server::rabbitmq("");
     let world = Amqp::on(Broker::of(&server)).await;

@@ -25,6 +25,8 @@ pub(super) struct Reader {
     pub publisher: Arc<Publisher>,
     pub topology: Arc<Topology>,
     pub limits: JobLimits,
+    /// The largest frame of the connection that messages come on.
+    pub frame_max: usize,
 }
 
 /// A message that was received and read. Dropped: it goes back to its queue.
@@ -91,6 +93,7 @@ impl Reader {
             body,
             attempt,
             lone_run,
+            frame_max: self.frame_max,
         };
         Incoming { message, copy, lost, job, losses }
     }

@@ -25,6 +25,9 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Suspects that are unacked at once: one that runs, and those that are looked into.
 const SUSPECTS: u16 = 64;
 
+/// The largest frame unless the broker says otherwise.
+pub(super) const FRAME_MAX: usize = 128 << 10;
+
 pub(super) struct Live {
     /// The broker's address, for logs.
     pub broker: String,
@@ -47,6 +50,16 @@ pub(super) struct Live {
     _look: AbortOnDropHandle<()>,
     _acking: AbortOnDropHandle<()>,
     _acking_suspects: AbortOnDropHandle<()>,
+}
+
+impl Live {
+    /// Returns how many bytes a frame has at most.
+    pub fn frame_max(&self) -> usize {
+        match self.connection.configuration().frame_max() {
+            0 => FRAME_MAX, // No limit.
+            bytes => bytes as usize,
+        }
+    }
 }
 
 /// Connects, declares the topology and consumes. `waiting` tells whether suspects wait.

@@ -18,6 +18,7 @@ use crate::amqp::publisher::{Publisher, TooLarge, Unpublished};
 use crate::amqp::topology::Topology;
 use crate::amqp::{DIED_AT, JOBS_QUEUE, again, short, stays_behind};
 use crate::source::{Settle, Settlement, Unsettled};
+use crate::words::cut;
 
 /// Counts attempts across retries; never begins with `x-`, which RabbitMQ keeps for itself.
 pub(super) const ATTEMPT: &str = "angler-attempt";
@@ -29,18 +30,21 @@ pub(super) const LONE_RUN: &str = "angler-lone-run";
 /// Tells the copies of a suspect apart.
 pub(super) const STAMP: &str = "angler-stamp";
 
-/// How long a retry queue may refuse a job, or be missing. After that the job is tried again from its
-/// own queue; the time is also the pause between two such attempts.
+/// How long a retry queue may refuse a job, or be missing. After that the job goes back to the queue of
+/// jobs; the time is also the pause between two such attempts.
 const RETRY_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a job's own queue may take to accept it again. A queue that is bounded and full may never
 /// do so, and a worker that drains or pauses cannot wait.
 const GIVE_BACK: Duration = Duration::from_secs(3);
 
-/// The most bytes of a producer's headers that go on with its message. Headers are one frame (AMQP
-/// 0-9-1, 2.3.5.2), which a broker takes up to its `frame_max`, 128 KiB, and else closes the
-/// connection; ours have to fit in as well.
+/// The most bytes of a producer's headers that a copy of its message keeps. Headers are one frame (AMQP
+/// 0-9-1, 2.3.5.2), which a broker accepts up to its `frame_max`, 128 KiB, and else closes the
+/// connection.
 const HEADERS: usize = 64 << 10;
+
+/// Room in that frame for the other properties and for headers of ours.
+const OURS: usize = 6 << 10;
 
 /// Roughly the bytes of a value on the wire.
 fn size(value: &AMQPValue) -> usize {
@@ -67,6 +71,8 @@ pub(super) struct Message {
     pub attempt: u32,
     /// Which run alone this is, if it is a suspect.
     pub lone_run: u32,
+    /// The largest frame that its connection allows. That of the publisher's is as large.
+    pub frame_max: usize,
 }
 
 /// The queue that a message came from.
@@ -89,7 +95,7 @@ impl Message {
     /// those that [stay behind](stays_behind).
     fn copy(&self, own: &[(&str, AMQPValue)]) -> BasicProperties {
         let headers = self.properties.headers().as_ref().map(FieldTable::inner);
-        let mut room = HEADERS;
+        let mut room = HEADERS.min(self.frame_max.saturating_sub(OURS));
         let mut fits = |key: &ShortString, value: &AMQPValue| {
             let bytes = key.as_str().len() + size(value);
             let fits = bytes <= room;
@@ -99,7 +105,7 @@ impl Message {
                 tracing::warn!(
                     header = key.as_str(),
                     bytes,
-                    "a header is too large to go on with its message"
+                    "a header is too large for a copy of its message"
                 );
             }
             fits
@@ -142,13 +148,13 @@ impl Message {
             Origin::Jobs => vec![],
             Origin::Suspects => stamped(self.lone_run),
         };
-        self.give_back_with(&own).await;
+        let queue = self.queue();
+        self.give_back_to(&queue, &own).await;
     }
 
-    async fn give_back_with(self, own: &[(&str, AMQPValue)]) {
-        let queue = self.queue();
+    async fn give_back_to(self, queue: &str, own: &[(&str, AMQPValue)]) {
         let copy = self.copy(own);
-        let publishing = self.publisher.publish_to_own(&queue, &copy, &self.body);
+        let publishing = self.publisher.publish_to_own(queue, &copy, &self.body);
         match timeout(GIVE_BACK, publishing).await {
             Ok(Ok(())) => self.ack.ack().await,
             failed => {
@@ -164,6 +170,12 @@ impl Message {
                 self.ack.requeue().await;
             }
         }
+    }
+
+    /// Returns an error's text, cut to leave most of a small frame to other headers.
+    fn shortened(&self, error: &str) -> String {
+        // A character has 4 bytes at most.
+        cut(error, self.frame_max / 16)
     }
 
     /// Moves it to the end of the queue of suspects, for a run alone of this number.
@@ -182,12 +194,12 @@ impl Message {
         }
     }
 
-    /// Moves it to the retry queue of this delay, or to its own queue if it cannot wait there. The
-    /// attempt counts in both.
+    /// Moves it to the retry queue of this delay, or at once to the queue of jobs, where that leads, if
+    /// it cannot wait there. The attempt counts in both.
     async fn retry(self, delay: Duration, error: &str) -> Option<Unsettled> {
         let queue = self.topology.retry_queue(delay);
         let attempt = AMQPValue::LongUInt(self.attempt.saturating_add(1));
-        let own = [(ATTEMPT, attempt), (ERROR, text(error))];
+        let own = [(ATTEMPT, attempt), (ERROR, text(&self.shortened(error)))];
         let copy = self.copy(&own);
         let body = &self.body;
         let published =
@@ -201,9 +213,10 @@ impl Message {
                 tracing::error!(
                     job = self.properties.message_id().as_ref().map(ShortString::as_str),
                     queue,
-                    "the job cannot wait here, and is tried again from its own queue: {refusal}"
+                    "the job cannot wait here, and goes back to the queue of jobs: {refusal}"
                 );
-                self.give_back_with(&own).await;
+                let jobs = self.topology.jobs.clone();
+                self.give_back_to(&jobs, &own).await;
             }
         }
         None
@@ -235,7 +248,7 @@ impl Settle for Message {
                     ("angler-reason", text(failure.code.as_str())),
                     ("angler-attempts", AMQPValue::LongUInt(self.attempt)),
                     (JOBS_QUEUE, text(&jobs)),
-                    (ERROR, text(&failure.message)),
+                    (ERROR, text(&self.shortened(&failure.message))),
                 ];
                 self.move_to(&dead, &own).await;
             }
