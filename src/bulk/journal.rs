@@ -126,14 +126,18 @@ impl Journal {
             };
         }
         self.run.nonce = nonce.to_owned();
-        let RunKey { id, nonce } = self.run.clone();
-        let head = Head { journal: FORMAT.to_owned(), run: id, nonce };
-        let written = serde_json::to_vec(&head).map_err(io::Error::from).and_then(|mut line| {
-            line.push(b'\n');
-            self.head = line.len() as u64;
-            self.file.write_all(&line)
-        });
-        written.map_err(|source| JournalError::Io { path: self.path.clone(), source })
+        self.begin().map_err(|source| JournalError::Io { path: self.path.clone(), source })
+    }
+
+    /// Writes the first line, and makes sure that the file is still in its folder after a power loss.
+    fn begin(&mut self) -> io::Result<()> {
+        let RunKey { id: run, nonce } = self.run.clone();
+        let mut line = serde_json::to_vec(&Head { journal: FORMAT.to_owned(), run, nonce })?;
+        line.push(b'\n');
+        self.file.write_all(&line)?;
+        self.head = line.len() as u64;
+        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
     }
 
     /// Where it is.
