@@ -373,7 +373,8 @@ async fn results_are_collected_while_the_broker_blocks_publishers() {
     let is_alarmed = || world.broker.manage("GET", "nodes", None)[0]["mem_alarm"] == true;
     eventually("the alarm", async || is_alarmed().then_some(())).await;
     let (code, _, log) = world.collect("alarm", "a.jsonl", &["--silence", "20"]);
-    assert!(is_alarmed(), "the alarm ended too early for this test");
+    // Waited for: a busy broker leaves it out of its statistics now and then.
+    eventually("the alarm still holds", async || is_alarmed().then_some(())).await;
     assert_eq!(code, 0, "{log}");
     each_once(lines(&world.path("a.jsonl")), 1500);
 }

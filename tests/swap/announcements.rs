@@ -107,5 +107,6 @@ async fn an_announcement_does_not_wait_for_replies_that_the_broker_blocks() {
     eventually("the alarm", async || is_alarmed().then_some(())).await;
     worker.signal("CONT");
     serves(&worker, "2").await;
-    assert!(is_alarmed(), "the alarm ended too early for this test");
+    // Waited for: a busy broker leaves it out of its statistics now and then.
+    eventually("the alarm still holds", async || is_alarmed().then_some(())).await;
 }
