@@ -83,7 +83,9 @@ impl AmqpSource {
     /// Takes the next suspect from the broker. An answer that comes too late, or after this call was
     /// dropped, is handed back.
     async fn get_suspect(&self) -> Option<Incoming> {
-        let Live { suspects: channel, suspect_acks: acks, lost, .. } = self.live.as_ref()?;
+        // Not with the rest of a connection that is lost: its jobs are let go at once, and each time counts.
+        let live = self.live.as_ref().filter(|live| !live.lost.is_cancelled())?;
+        let Live { suspects: channel, suspect_acks: acks, lost, .. } = live;
         let (channel, acks, lost) = (channel.clone(), acks.clone(), lost.clone());
         let (reader, queue) = (self.reader.clone(), self.reader.topology.suspects_queue());
         let (tell, told) = oneshot::channel();
