@@ -481,7 +481,10 @@ impl Publisher {
             }
             Err(error) => match refused(&error) {
                 Some((AMQPSoftError::PRECONDITIONFAILED, words)) if is_of_size(words) => {
-                    Ok(Published::TooLarge(TooLarge(words.to_owned())))
+                    if is_of(words, body.len()) {
+                        return Ok(Published::TooLarge(TooLarge(words.to_owned())));
+                    }
+                    Err(Failed::Channel(format!("an error of another message: {words}")))
                 }
                 Some((_, words)) => of_queue(words),
                 None => Err(Failed::Channel(error.to_string())),
@@ -509,9 +512,16 @@ fn is_of_size(words: &str) -> bool {
     words.contains("message size") && words.contains("larger than")
 }
 
+/// Returns whether a refusal of a size is about a message of `bytes`. lapin 4.12 keeps a channel's error
+/// under the channel's number, and may reject what is sent on the next channel of that number with it.
+fn is_of(words: &str, bytes: usize) -> bool {
+    let size = words.split_once("message size ").and_then(|(_, rest)| rest.split(' ').next());
+    size.and_then(|size| size.parse().ok()).is_none_or(|size: usize| size == bytes)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::is_of_size;
+    use super::{is_of, is_of_size};
 
     #[test]
     fn a_size_is_told_from_other_preconditions() {
@@ -523,5 +533,12 @@ mod tests {
             "PRECONDITION_FAILED - message size 30001 is larger than configured max size 30000"
         ));
         assert!(!is_of_size("PRECONDITION_FAILED - invalid expiration 'x'"));
+    }
+
+    #[test]
+    fn a_refusal_of_a_size_is_about_a_message_of_that_size() {
+        let words = "PRECONDITION_FAILED - message size 30001 is larger than max size 30000";
+        assert!(is_of(words, 30_001) && !is_of(words, 253));
+        assert!(is_of("message size too large, larger than allowed", 253));
     }
 }
