@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Faults of every kind at random, under load, for as long as wanted; then every job's outcome is checked.
+# Faults of every kind at random, often two at once, under load; then every job's outcome is checked, and every run's file.
 #
-#   tests/soak.sh [--minutes N] [--seed S] [--release]
+#   tests/soak.sh [--minutes N] [--seed S] [--release] [--rabbitmq4]
 #
-# Half a minute of it, with a fixed seed, is part of the tests. The seed decides on faults, durations and jobs; how the
-# processes interleave is the machine's.
+# Half a minute of it, with a fixed seed and without the longest faults, is part of the tests. The seed decides on faults,
+# durations, jobs and runs; how the processes interleave is the machine's. --rabbitmq4 fetches the newest RabbitMQ 4.x
+# (tests/services/rabbitmq4.sh) and breaks that one; ANGLER_TEST_RABBITMQ_SBIN names any other.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,6 +16,11 @@ while (($#)); do
   --minutes) ANGLER_SOAK_MINUTES=$2 && shift 2 ;;
   --seed) ANGLER_SOAK_SEED=$2 && shift 2 ;;
   --release) profile=(--release) && shift ;;
+  --rabbitmq4)
+    sbin=$(tests/services/rabbitmq4.sh)
+    eval "$sbin"
+    shift
+    ;;
   *)
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2
     exit 2

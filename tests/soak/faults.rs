@@ -1,282 +1,390 @@
-//! What is done to workers, broker, store, and the ways between them.
+//! What is done to workers, broker, queues, store, and the ways between them.
 
-use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use serde_json::json;
+use tokio::sync::Mutex;
+use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
-use crate::load::Ledger;
-use crate::support::proxy::{Fault, Proxy};
-use crate::support::servers::Server;
-use crate::support::{Broker, Setup, Worker};
+use crate::fleet::Fleet;
+use crate::support::proxy::{self, Proxy};
+use crate::world::{CONSUMER_TIMEOUT, Credentials, World};
 
-/// Workers, as a supervisor keeps them.
-pub struct Fleet {
-    setup: Setup,
-    workers: Vec<Worker>,
-    /// What those who are gone have logged.
-    past: Vec<String>,
-    peak_kib: u64,
+/// What a fault is done to. Two faults at once are never done to the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Subject {
+    Workers,
+    Broker,
+    WayToBroker,
+    Queues,
+    Store,
+    WayToStore,
 }
 
-impl Fleet {
-    pub async fn start(setup: Setup, count: usize) -> Self {
-        let mut fleet = Self { setup, workers: Vec::new(), past: Vec::new(), peak_kib: 0 };
-        for _ in 0..count {
-            fleet.workers.push(fleet.setup.start().await);
-        }
-        fleet
-    }
+/// How long a fault may last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lasts {
+    /// No time, or a few seconds; in a long soak now and then longer than the broker waits for acks.
+    Briefly,
+    /// Longer than the broker waits for heartbeats, or for acks: not for the short soak.
+    Long,
+}
 
-    fn note_memory(&mut self) {
-        for worker in &self.workers {
-            let status = std::fs::read_to_string(format!("/proc/{}/status", worker.pid()));
-            let peak = status.unwrap_or_default().lines().find_map(|line| {
-                line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.trim().parse().ok()
-            });
-            self.peak_kib = self.peak_kib.max(peak.unwrap_or(0));
-        }
-    }
+/// One kind of fault.
+#[derive(Debug, Clone, Copy)]
+pub struct Fault {
+    pub name: &'static str,
+    pub subject: Subject,
+    pub lasts: Lasts,
+}
 
-    /// Replaces a worker; it need not be ready, since what it needs may be away.
-    async fn replace(&mut self, number: usize, how: &str) {
-        self.note_memory();
-        let mut old = self.workers.swap_remove(number);
-        if how == "KILL" {
-            old.kill();
-        } else {
-            old.signal(how);
-            let ended = old.ended().await;
-            assert!(ended.success(), "a worker ended with {ended}:\n{}", old.log());
-        }
-        self.past.push(old.log());
-        drop(old);
-        self.workers.push(self.setup.launch().await);
-    }
+macro_rules! faults {
+    ($($subject:ident { $($lasts:ident $name:literal)* })*) => {
+        /// All kinds.
+        pub const FAULTS: &[Fault] = &[$($(Fault {
+            name: $name,
+            subject: Subject::$subject,
+            lasts: Lasts::$lasts,
+        },)*)*];
+    };
+}
 
-    /// None may end by itself, whatever happens around it.
-    pub fn look_after(&mut self) {
-        for number in 0..self.workers.len() {
-            if let Some(status) = self.workers[number].has_ended() {
-                panic!("a worker ended with {status}:\n{}", self.workers[number].log());
-            }
-        }
+faults! {
+    Workers {
+        Briefly "worker killed"
+        Briefly "worker drained"
+        Long "worker stopped and continued"
+        Long "all workers killed"
     }
-
-    pub fn peak_kib(&mut self) -> u64 {
-        self.note_memory();
-        self.peak_kib
+    Broker {
+        Briefly "broker killed"
+        Briefly "broker's connections closed"
+        Long "broker stopped and continued"
+        Long "broker short of memory"
+        Long "broker short of disk"
     }
-
-    pub fn logs(&self) -> String {
-        let past = self.past.iter().cloned();
-        past.chain(self.workers.iter().map(Worker::log)).collect::<Vec<_>>().join("\n---\n")
+    WayToBroker {
+        Briefly "way to the broker cut"
+        Briefly "way to the broker slow"
+        Long "way to the broker silent"
     }
-
-    /// In order, so that nothing is done twice.
-    pub async fn stop(&mut self) {
-        for mut worker in self.workers.drain(..) {
-            worker.signal("TERM");
-            let ended = worker.ended().await;
-            assert!(ended.success(), "a worker ended with {ended}:\n{}", worker.log());
-        }
+    Queues {
+        Briefly "jobs queue full"
+        Briefly "results queue full"
+        Briefly "replies queue full"
+        Briefly "runs' results queues full"
+        Briefly "retry queues full"
+        Briefly "every queue full"
+    }
+    Store {
+        Briefly "store killed"
+        Briefly "store stopped and continued"
+        Briefly "store rejects the secret"
+        Briefly "store knows no such key"
+        Briefly "store's grant revoked"
+    }
+    WayToStore {
+        Briefly "way to the store cut"
+        Briefly "way to the store slow"
+        Briefly "way to the store narrow"
+        Briefly "way to the store silent"
+        Briefly "store's answers broken off"
+        Long "way to the store closed"
     }
 }
 
-/// Injects faults, one at a time, each with an end.
-pub struct Injector<'a> {
-    random: fastrand::Rng,
-    rabbitmq: &'a Server,
-    seaweedfs: &'a Server,
-    to_broker: &'a Proxy,
-    to_store: &'a Proxy,
-    broker: &'a Broker,
-    done: BTreeMap<&'static str, usize>,
-    /// From a broker that serves again to the first result.
-    recoveries: Vec<Duration>,
-    restarted: Option<Instant>,
-    upcoming: Vec<&'static str>,
+/// The chosen lengths of a fault.
+struct Lengths {
+    /// Half a second to a few; now and then longer than the broker waits for acks.
+    brief: Duration,
+    /// Longer than the broker waits for heartbeats.
+    long: Duration,
+    /// Longer than it waits for acks; minutes in a soak of hours.
+    alarm: Duration,
 }
 
-const FAULTS: [&str; 19] = [
-    "worker killed",
-    "worker stopped and continued",
-    "worker ended in order",
-    "broker killed",
-    "broker stopped and continued",
-    "broker short of memory",
-    "broker connections closed",
-    "way to the broker cut",
-    "way to the broker slow",
-    "way to the broker silent",
-    "results queue full",
-    "store killed",
-    "store stopped and continued",
-    "way to the store cut",
-    "way to the store slow",
-    "way to the store narrow",
-    "way to the store silent",
-    "way to the store closed",
-    "answers of the store broken off",
-];
-
-impl<'a> Injector<'a> {
-    pub fn new(
-        seed: u64,
-        rabbitmq: &'a Server,
-        seaweedfs: &'a Server,
-        to_broker: &'a Proxy,
-        to_store: &'a Proxy,
-        broker: &'a Broker,
-    ) -> Self {
+impl Lengths {
+    fn new(world: &World, random: &mut fastrand::Rng) -> Self {
+        let beyond_timeout = CONSUMER_TIMEOUT + Duration::from_secs_f64(1.0 + 5.0 * random.f64());
+        let is_extended = random.f64() < 0.2 && !world.is_quick();
+        let brief = match world.is_quick() {
+            true => 0.5 + 1.0 * random.f64(),
+            false => 0.5 + 3.0 * random.f64(),
+        };
+        let alarm = beyond_timeout.max(Duration::from_secs_f64(4.0 * world.minutes));
         Self {
-            random: fastrand::Rng::with_seed(seed),
-            rabbitmq,
-            seaweedfs,
-            to_broker,
-            to_store,
-            broker,
-            done: BTreeMap::new(),
-            recoveries: Vec::new(),
-            restarted: None,
-            upcoming: Vec::new(),
+            brief: match is_extended {
+                true => beyond_timeout,
+                false => Duration::from_secs_f64(brief),
+            },
+            long: Duration::from_secs_f64(6.0 + 3.0 * random.f64()),
+            alarm: alarm.min(Duration::from_secs(180)),
         }
     }
+}
 
-    /// How often each fault was there.
-    pub fn done(&self) -> &BTreeMap<&'static str, usize> {
-        &self.done
-    }
-
-    pub fn recoveries(&self) -> &[Duration] {
-        &self.recoveries
-    }
-
-    /// Faults after which a job may be done twice.
-    pub fn explains_duplicates(&self) -> usize {
-        let harmless = ["slow", "narrow", "in order", "full", "store"];
-        let crash = |fault: &&str| !harmless.iter().any(|word| fault.contains(word));
-        self.done.iter().filter(|(fault, _)| crash(fault)).map(|(_, times)| times).sum()
-    }
-
-    /// One fault, and a pause. All kinds come once before any comes again.
-    pub async fn one(&mut self, fleet: &mut Fleet, ledger: &Ledger) {
-        if self.upcoming.is_empty() {
-            self.upcoming = FAULTS.to_vec();
-            self.random.shuffle(&mut self.upcoming);
+/// Does one fault, from its beginning to its end. Yields when the broker served again, if it was
+/// restarted.
+pub async fn inject(
+    fault: Fault,
+    world: &Arc<World>,
+    fleet: &Mutex<Fleet>,
+    mut random: fastrand::Rng,
+) -> Option<Instant> {
+    let lengths = Lengths::new(world, &mut random);
+    match fault.subject {
+        Subject::Workers => {
+            let mut fleet = fleet.lock().await;
+            let number = random.usize(0..fleet.workers.len());
+            workers(fault.name, &mut fleet, number, &lengths).await;
         }
-        let fault = self.upcoming.pop().unwrap();
-        *self.done.entry(fault).or_default() += 1;
-        println!("{fault}");
-        self.inject(fault, fleet).await;
-        let pause = Duration::from_secs_f64(0.5 + 1.5 * self.random.f64());
-        sleep(pause).await;
-        fleet.look_after();
-        if let Some(restarted) = self.restarted.take() {
-            // The pause may be over before: it is waited for.
-            let waited = Instant::now();
-            while ledger.last().is_none_or(|last| last < restarted) {
-                assert!(waited.elapsed() < Duration::from_secs(60), "no result\n{}", fleet.logs());
-                sleep(Duration::from_millis(20)).await;
-            }
-            self.recoveries.push(ledger.last().unwrap() - restarted);
-        }
+        Subject::Broker => return broker(fault.name, world, &lengths).await,
+        Subject::WayToBroker => way(fault.name, &world.to_broker, &lengths).await,
+        Subject::Queues => queues(fault.name, world, lengths.brief).await,
+        Subject::Store => store(fault.name, world, lengths.brief).await,
+        Subject::WayToStore => way(fault.name, &world.to_store, &lengths).await,
     }
+    None
+}
 
-    async fn inject(&mut self, fault: &'static str, fleet: &mut Fleet) {
-        let a_while = Duration::from_secs_f64(0.5 + 3.0 * self.random.f64());
-        // Longer than the broker waits for heartbeats.
-        let long = Duration::from_secs_f64(6.0 + 3.0 * self.random.f64());
-        let worker = self.random.usize(0..fleet.workers.len());
-        let quiet = Fault::default();
-        match fault {
-            "worker killed" => fleet.replace(worker, "KILL").await,
-            "worker ended in order" => fleet.replace(worker, "TERM").await,
-            "worker stopped and continued" => {
-                fleet.workers[worker].signal("STOP");
-                sleep(long).await;
-                fleet.workers[worker].signal("CONT");
+/// Runs what waits for processes, while another fault goes on.
+async fn apart(world: &Arc<World>, work: impl FnOnce(&World) + Send + 'static) {
+    let world = Arc::clone(world);
+    spawn_blocking(move || work(&world)).await.unwrap();
+}
+
+async fn workers(name: &str, fleet: &mut Fleet, number: usize, lengths: &Lengths) {
+    match name {
+        "worker killed" => fleet.kill(number).await,
+        "worker drained" => fleet.drain(number).await,
+        "worker stopped and continued" => {
+            fleet.workers[number].signal("STOP");
+            sleep(lengths.long).await;
+            fleet.workers[number].signal("CONT");
+        }
+        "all workers killed" => {
+            for _ in 0..fleet.workers.len() {
+                fleet.kill(0).await;
             }
-            "broker killed" => {
-                self.rabbitmq.kill();
-                sleep(a_while).await;
-                self.rabbitmq.start();
-                self.restarted = Some(Instant::now());
-            }
-            "broker stopped and continued" => {
-                self.rabbitmq.signal("STOP");
-                sleep(long).await;
-                self.rabbitmq.signal("CONT");
-            }
-            "broker short of memory" => {
-                self.rabbitmq.ctl(&["set_vm_memory_high_watermark", "absolute", "1MB"]);
-                sleep(a_while).await;
-                self.rabbitmq.ctl(&["set_vm_memory_high_watermark", "0.6"]);
-            }
-            "broker connections closed" => {
-                for (name, own) in self.broker.connections() {
+        }
+        other => unreachable!("{other}"),
+    }
+}
+
+async fn broker(name: &str, world: &Arc<World>, lengths: &Lengths) -> Option<Instant> {
+    let server = &world.rabbitmq;
+    let ctl = async |arguments: &'static [&'static str]| {
+        apart(world, |world| drop(world.rabbitmq.ctl(arguments))).await;
+    };
+    match name {
+        "broker killed" => {
+            apart(world, |world| world.rabbitmq.kill()).await;
+            sleep(lengths.brief).await;
+            apart(world, |world| world.rabbitmq.start()).await;
+            return Some(Instant::now());
+        }
+        "broker stopped and continued" => {
+            server.signal("STOP");
+            sleep(lengths.long).await;
+            server.signal("CONT");
+        }
+        "broker's connections closed" => {
+            apart(world, |world| {
+                for (name, own) in world.broker.connections() {
                     if own.starts_with("angler ") {
-                        self.broker.cut(&name);
+                        world.broker.cut(&name);
                     }
                 }
-            }
-            "way to the broker cut" => self.to_broker.cut(),
-            "way to the broker slow" => {
-                let latency = Duration::from_millis(60);
-                self.passing(self.to_broker, Fault { latency, ..quiet }, a_while).await;
-            }
-            "way to the broker silent" => {
-                self.passing(self.to_broker, Fault { black_hole: true, ..quiet }, long).await;
-            }
-            "results queue full" => {
-                let policy = format!("policies/{}/full", self.broker.vhost);
-                let full = json!({
-                    "pattern": "^angler.results$", "apply-to": "queues",
-                    "definition": {"max-length": 1, "overflow": "reject-publish"},
-                });
-                self.broker.manage("PUT", &policy, Some(&full.to_string()));
-                sleep(a_while).await;
-                self.broker.manage("DELETE", &policy, None);
-            }
-            "store killed" => {
-                self.seaweedfs.kill();
-                sleep(a_while).await;
-                self.seaweedfs.start();
-            }
-            "store stopped and continued" => {
-                self.seaweedfs.signal("STOP");
-                sleep(a_while).await;
-                self.seaweedfs.signal("CONT");
-            }
-            "way to the store cut" => self.to_store.cut(),
-            "way to the store slow" => {
-                let latency = Duration::from_millis(100);
-                self.passing(self.to_store, Fault { latency, ..quiet }, a_while).await;
-            }
-            "way to the store narrow" => {
-                let narrow = Fault { bytes_per_second: Some(50_000), ..quiet };
-                self.passing(self.to_store, narrow, a_while).await;
-            }
-            "way to the store silent" => {
-                self.passing(self.to_store, Fault { black_hole: true, ..quiet }, a_while).await;
-            }
-            "way to the store closed" => {
-                let closed = Fault { refuse: true, ..quiet };
-                self.to_store.cut();
-                self.passing(self.to_store, closed, long).await;
-            }
-            "answers of the store broken off" => {
-                let broken = Fault { cut_after: Some(2_000), ..quiet };
-                self.passing(self.to_store, broken, a_while).await;
-            }
-            other => unreachable!("{other}"),
+            })
+            .await;
+        }
+        "broker short of memory" => {
+            ctl(&["set_vm_memory_high_watermark", "absolute", "1MB"]).await;
+            sleep(lengths.alarm).await;
+            ctl(&["set_vm_memory_high_watermark", "0.6"]).await;
+        }
+        "broker short of disk" => {
+            ctl(&["set_disk_free_limit", "1000000GB"]).await;
+            sleep(lengths.alarm).await;
+            ctl(&["set_disk_free_limit", "50MB"]).await;
+        }
+        other => unreachable!("{other}"),
+    }
+    None
+}
+
+async fn queues(name: &str, world: &World, time: Duration) {
+    let pattern = match name {
+        "jobs queue full" => r"^angler\.jobs$",
+        "results queue full" => r"^angler\.results$",
+        "replies queue full" => r"^soak\.replies$",
+        "runs' results queues full" => r"^angler\.run\.",
+        "retry queues full" => r"^angler\.(retry\.|suspects$)",
+        "every queue full" => r"^(angler|soak)\.",
+        other => unreachable!("{other}"),
+    };
+    let policy = format!("policies/{}/full", world.broker.vhost);
+    let full = json!({
+        "pattern": pattern, "apply-to": "queues",
+        "definition": {"max-length": 1, "overflow": "reject-publish"},
+    });
+    world.broker.insist("PUT", &policy, Some(&full.to_string())).await;
+    sleep(time).await;
+    world.broker.insist("DELETE", &policy, None).await;
+}
+
+async fn store(name: &str, world: &Arc<World>, time: Duration) {
+    let server = &world.seaweedfs;
+    let credentials = match name {
+        "store killed" => {
+            apart(world, |world| world.seaweedfs.kill()).await;
+            sleep(time).await;
+            return apart(world, |world| world.seaweedfs.start()).await;
+        }
+        "store stopped and continued" => {
+            server.signal("STOP");
+            sleep(time).await;
+            return server.signal("CONT");
+        }
+        "store rejects the secret" => Credentials::WrongSecret,
+        "store knows no such key" => Credentials::UnknownKey,
+        "store's grant revoked" => Credentials::NoGrant,
+        other => unreachable!("{other}"),
+    };
+    world.judge(credentials);
+    sleep(time).await;
+    world.judge(Credentials::Good);
+}
+
+async fn way(name: &str, way: &Proxy, lengths: &Lengths) {
+    let quiet = proxy::Fault::default();
+    let (fault, time) = match name {
+        "way to the broker cut" | "way to the store cut" => return way.cut(),
+        "way to the broker slow" | "way to the store slow" => {
+            (proxy::Fault { latency: Duration::from_millis(80), ..quiet }, lengths.brief)
+        }
+        "way to the store narrow" => {
+            (proxy::Fault { bytes_per_second: Some(50_000), ..quiet }, lengths.brief)
+        }
+        "way to the broker silent" => (proxy::Fault { black_hole: true, ..quiet }, lengths.long),
+        "way to the store silent" => (proxy::Fault { black_hole: true, ..quiet }, lengths.brief),
+        "way to the store closed" => {
+            way.cut();
+            (proxy::Fault { refuse: true, ..quiet }, lengths.long)
+        }
+        "store's answers broken off" => {
+            (proxy::Fault { cut_after: Some(2_000), ..quiet }, lengths.brief)
+        }
+        other => unreachable!("{other}"),
+    };
+    way.fault(fault);
+    sleep(time).await;
+    way.heal();
+}
+
+/// Faults of all kinds in a random order, often two at once.
+pub struct Injector {
+    random: fastrand::Rng,
+    world: Arc<World>,
+    fleet: Arc<Mutex<Fleet>>,
+    /// Those that come before any kind comes again.
+    deck: Vec<Fault>,
+    pub tally: Tally,
+}
+
+/// What was injected, and how soon work moved again.
+#[derive(Default)]
+pub struct Tally {
+    pub faults: std::collections::BTreeMap<&'static str, usize>,
+    pub pairs: std::collections::BTreeSet<(&'static str, &'static str)>,
+    pub rounds_with_two: usize,
+    /// From the end of a round's faults to the next result, and which faults they were.
+    pub recoveries: Vec<(Duration, String)>,
+    /// The same from the broker's start, where nothing else was wrong.
+    pub restarts: Vec<Duration>,
+}
+
+/// How soon a result must come after the last fault.
+const RECOVERY: Duration = Duration::from_secs(60);
+
+impl Injector {
+    pub fn new(world: &Arc<World>, fleet: &Arc<Mutex<Fleet>>) -> Self {
+        Self {
+            random: fastrand::Rng::with_seed(world.seed),
+            world: Arc::clone(world),
+            fleet: Arc::clone(fleet),
+            deck: Vec::new(),
+            tally: Tally::default(),
         }
     }
 
-    async fn passing(&self, proxy: &Proxy, fault: Fault, time: Duration) {
-        proxy.fault(fault);
-        sleep(time).await;
-        proxy.heal();
+    /// The next kind; all kinds come once before any comes again. `None` if what is left is done to
+    /// `but`.
+    fn draw(&mut self, but: Option<Subject>) -> Option<Fault> {
+        if self.deck.is_empty() {
+            let quick = self.world.is_quick();
+            let kinds = FAULTS.iter().filter(|fault| !quick || fault.lasts == Lasts::Briefly);
+            self.deck = kinds.copied().collect();
+            self.random.shuffle(&mut self.deck);
+        }
+        let at = self.deck.iter().rposition(|fault| Some(fault.subject) != but)?;
+        Some(self.deck.remove(at))
+    }
+
+    /// One fault or two at once, from their beginning to the next result.
+    pub async fn round(&mut self) {
+        let first = self.draw(None).unwrap();
+        let has_second = self.world.is_quick() || self.random.bool();
+        let second = has_second.then(|| self.draw(Some(first.subject))).flatten();
+        let faults: Vec<Fault> = [Some(first), second].into_iter().flatten().collect();
+        let names: Vec<&str> = faults.iter().map(|fault| fault.name).collect();
+        let names = names.join(" + ");
+        println!("{names}");
+        self.note(first, second);
+        let injecting: Vec<_> = faults
+            .into_iter()
+            .map(|fault| inject(fault, &self.world, &self.fleet, self.random.fork()))
+            .collect();
+        let restarted = join_all(injecting).await.into_iter().flatten().next();
+        self.recover(names, restarted, second.is_none()).await;
+        let longest = if self.world.is_quick() { 0.5 } else { 2.0 };
+        let pause = Duration::from_secs_f64(0.2 + longest * self.random.f64());
+        sleep(pause).await;
+    }
+
+    fn note(&mut self, first: Fault, second: Option<Fault>) {
+        let tally = &mut self.tally;
+        *tally.faults.entry(first.name).or_default() += 1;
+        if let Some(second) = second {
+            *tally.faults.entry(second.name).or_default() += 1;
+            tally.rounds_with_two += 1;
+            tally.pairs.insert((first.name.min(second.name), first.name.max(second.name)));
+        }
+    }
+
+    /// Waits for the next result.
+    async fn recover(&mut self, names: String, restarted: Option<Instant>, alone: bool) {
+        let ended = Instant::now();
+        let next = loop {
+            self.fleet.lock().await.look_after();
+            if let Some(last) = self.world.ledger.last().filter(|last| *last > ended) {
+                break last;
+            }
+            assert!(
+                ended.elapsed() < RECOVERY,
+                "seed {}: no result {RECOVERY:?} after {names}; without one {:?}, queues {:?}",
+                self.world.seed,
+                self.world.ledger.missing(),
+                self.world.broker.depths(),
+            );
+            sleep(Duration::from_millis(20)).await;
+        };
+        self.tally.recoveries.push((next - ended, names));
+        if let Some(restarted) = restarted.filter(|_| alone) {
+            self.tally.restarts.push(next - restarted);
+        }
     }
 }

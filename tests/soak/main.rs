@@ -1,5 +1,5 @@
-//! Faults of every kind at random, under steady load: in the end every job has one outcome, the
-//! right one, and nothing is left anywhere.
+//! Faults of every kind at random, often two at once, under steady load: in the end every job has one
+//! outcome, the right one, every run its file, and nothing is left anywhere.
 //!
 //! `tests/soak.sh --minutes N --seed S` runs it for longer than the tests do.
 
@@ -8,26 +8,38 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bulk;
+mod clients;
 mod faults;
+mod fleet;
+mod ledger;
 mod load;
+mod process;
+mod report;
+mod world;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use angler::classes::load::version_key;
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::faults::{Fleet, Injector};
-use crate::load::{Ledger, Load, collect, produce};
-use crate::support::proxy::Proxy;
-use crate::support::servers::Server;
-use crate::support::{Broker, Bucket, Setup, tiny};
+use crate::faults::Injector;
+use crate::fleet::Fleet;
+use crate::load::Load;
+use crate::process::{Exit, Process};
+use crate::report::Report;
+use crate::world::World;
 
 const WORKERS: usize = 3;
 const JOBS_PER_SECOND: f64 = 12.0;
-/// After the last fault, until the last outcome.
-const CALM: Duration = Duration::from_secs(120);
+/// After the last fault, until the last outcome of a job and of a run.
+const CALM: Duration = Duration::from_secs(180);
+/// The only reason to give up on a job here: its producer's.
+const REASON: &str = "malformed_job";
 
 fn ask(variable: &str, default: f64) -> f64 {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
@@ -37,99 +49,177 @@ fn ask(variable: &str, default: f64) -> f64 {
 async fn whatever_fails_every_job_ends_once() {
     let minutes = ask("ANGLER_SOAK_MINUTES", 0.5);
     let seed = ask("ANGLER_SOAK_SEED", 1.0) as u64;
-    let (rabbitmq, seaweedfs) = (Server::rabbitmq("heartbeat = 3\n"), Server::seaweedfs());
-    let (broker, endpoint) = (Broker::of(&rabbitmq), seaweedfs.var("ANGLER_TEST_S3_ENDPOINT"));
-    let bucket = Bucket::at(&endpoint, "soak").await;
-    bucket
-        .put(&format!("classes/{}", version_key("colours", "1")), tiny::version("colours", "1"))
-        .await;
-    bucket.put("classes/colours/active.json", r#"{"version":"1"}"#).await;
-    let images = tiny::images(&bucket).await;
+    let world = Arc::new(World::new(seed, minutes).await);
+    println!("logs of commands: {}", world.folder.display());
+    let fleet = Arc::new(Mutex::new(Fleet::start(world.setup.clone(), WORKERS).await));
+    let evidence = Evidence { world: Arc::clone(&world), fleet: Arc::clone(&fleet) };
+    let mut traffic = Traffic::start(&world).await;
 
-    let to_broker = Proxy::new(&broker.address()).await;
-    let to_store = Proxy::new(endpoint.trim_start_matches("http://")).await;
-    let mut setup = Setup::worker(&broker, "s3://soak/classes");
-    setup.env.insert("ANGLER__AMQP__URL".into(), broker.url_through(&to_broker.address(), 3));
-    setup.set("model.path", tiny::MODEL).set("embedder.backend", "tract");
-    setup.set("s3.endpoint", &format!("http://{}", to_store.address()));
-    // More attempts than any fault lasts, so that each job's outcome is known beforehand.
-    setup.set("retry.delays_seconds", "0.5,1,2").set("retry.max_attempts", "50");
-    let mut fleet = Fleet::start(setup, WORKERS).await;
-
-    let load = Load::new(seed, images);
-    load::declare_replies(&broker.url).await;
-    let ledger = Arc::new(Ledger::default());
-    let (stop_producing, stop_collecting) = (CancellationToken::new(), CancellationToken::new());
-    let producing = tokio::spawn(produce(
-        broker.url.clone(),
-        load,
-        Duration::from_secs_f64(1.0 / JOBS_PER_SECOND),
-        Arc::clone(&ledger),
-        stop_producing.clone(),
-    ));
-    let collecting =
-        tokio::spawn(collect(broker.url.clone(), Arc::clone(&ledger), stop_collecting.clone()));
-
-    let mut injector = Injector::new(seed, &rabbitmq, &seaweedfs, &to_broker, &to_store, &broker);
+    let mut injector = Injector::new(&world, &fleet);
     let until = Instant::now() + Duration::from_secs_f64(60.0 * minutes);
     while Instant::now() < until {
-        injector.one(&mut fleet, &ledger).await;
+        injector.round().await;
+        traffic.look_after().await;
     }
-    stop_producing.cancel();
-    producing.await.unwrap();
-
-    // Calm: every job has its outcome.
     let calm = Instant::now();
-    while !ledger.missing().is_empty() {
-        fleet.look_after();
-        assert!(
-            calm.elapsed() < CALM,
-            "seed {seed}: without an outcome: {:?}, queues {:?}\n{}",
-            ledger.missing(),
-            broker.depths(),
-            fleet.logs()
-        );
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    traffic.stop.cancel();
+    await_outcomes(&world, &fleet, calm, &mut traffic).await;
     let quiet = calm.elapsed();
-    let left = [
-        "angler.jobs",
-        "angler.suspects",
-        "angler.retry.500ms",
-        "angler.retry.1s",
-        "angler.retry.2s",
-    ];
-    support::eventually("nothing is left in any queue", async || {
-        left.iter().all(|queue| broker.depth(queue) == Some(0)).then_some(())
-    })
-    .await;
-    let peak = fleet.peak_kib();
-    fleet.stop().await;
-    stop_collecting.cancel();
-    collecting.await.unwrap();
+    let dead = dead_letters(&world, &traffic.runs).await;
+    await_empty_queues(&world).await;
+    let fleet_totals = {
+        let mut fleet = fleet.lock().await;
+        fleet.stop().await;
+        (fleet.peak_kib(), fleet.slow_drains)
+    };
+    traffic.stop_collecting.cancel();
+    traffic.end().await;
 
-    // Only what cannot be a job is kept for a person.
-    let dead = dead_letters(&broker).await;
-    let summary = ledger.summary();
-    println!("seed {seed}, {minutes} minutes, {WORKERS} workers");
-    println!("faults: {:?}", injector.done());
-    println!("jobs: {summary:?}");
-    println!("last outcome {quiet:.1?} after the last fault");
-    println!("first result after a broker's restart: worst of {:.1?}", injector.recoveries());
-    println!("peak memory of a worker: {} MB", peak / 1000);
-    assert_eq!(ledger.wrong(), Vec::<String>::new(), "seed {seed}");
-    let reasons: Vec<&String> = dead.keys().collect();
-    assert!(reasons.iter().all(|reason| *reason == "malformed_job"), "seed {seed}: {dead:?}");
-    let crashes = injector.explains_duplicates();
-    assert!(summary.duplicates == 0 || crashes > 0, "duplicates without a crash: {summary:?}");
+    let report = Report {
+        world: &world,
+        broker_version: world.broker_version().await,
+        workers: WORKERS,
+        faults: &injector.tally,
+        jobs: world.ledger.summary(),
+        runs: &traffic.runs.lock().unwrap(),
+        dead,
+        quiet,
+        fleet: fleet_totals,
+    };
+    println!("{report}");
+    let wrong = world.ledger.all_wrong();
+    let first = wrong.iter().take(20).map(String::as_str).collect::<Vec<_>>().join(
+        "
+",
+    );
+    assert!(wrong.is_empty(), "seed {seed}: {} things went wrong:\n{first}", wrong.len());
+    let is_expected = report.dead.keys().all(|reason| reason == REASON);
+    assert!(is_expected, "seed {seed}: dead letters {:?}", report.dead);
+    drop(evidence);
+    std::fs::remove_dir_all(&world.folder).unwrap();
 }
 
-/// How many dead letters there are, by reason; they are taken.
-async fn dead_letters(broker: &Broker) -> BTreeMap<String, usize> {
-    let client = broker.connect().await;
-    let mut reasons = BTreeMap::new();
-    while let Some(dead) = client.get("angler.dead").await {
-        *reasons.entry(dead.header("angler-reason").unwrap_or_default()).or_default() += 1;
+/// Everything that publishes, consumes and looks.
+struct Traffic {
+    tasks: JoinSet<()>,
+    /// Of new jobs and runs.
+    stop: CancellationToken,
+    stop_collecting: CancellationToken,
+    runs: Arc<std::sync::Mutex<bulk::Tally>>,
+}
+
+impl Traffic {
+    async fn start(world: &Arc<World>) -> Self {
+        clients::declare_replies(&world.broker.url).await;
+        let runs = Arc::default();
+        let (stop, stop_collecting) = (CancellationToken::new(), CancellationToken::new());
+        let mut tasks = JoinSet::new();
+        let load = Load::new(world.seed, world.images.clone());
+        let pace = Duration::from_secs_f64(1.0 / JOBS_PER_SECOND);
+        tasks.spawn(clients::produce(Arc::clone(world), load, pace, stop.clone()));
+        tasks.spawn(clients::collect(Arc::clone(world), stop_collecting.clone()));
+        tasks.spawn(bulk::look(Arc::clone(world), Arc::clone(&runs), stop.clone()));
+        for number in 0..if world.is_quick() { 1 } else { 2 } {
+            let driver =
+                bulk::Driver { world: Arc::clone(world), tally: Arc::clone(&runs), number };
+            tasks.spawn(driver.drive(stop.clone()));
+        }
+        Self { tasks, stop, stop_collecting, runs }
     }
-    reasons
+
+    /// Panics with a task that has.
+    async fn look_after(&mut self) {
+        while let Some(ended) = self.tasks.try_join_next() {
+            ended.unwrap();
+        }
+    }
+
+    /// Only the collecting goes on.
+    fn is_over(&self) -> bool {
+        self.tasks.len() <= 1
+    }
+
+    async fn end(&mut self) {
+        while let Some(ended) = self.tasks.join_next().await {
+            ended.unwrap();
+        }
+    }
+}
+
+/// Waits until each job has its outcome and each run its file.
+async fn await_outcomes(world: &World, fleet: &Mutex<Fleet>, calm: Instant, traffic: &mut Traffic) {
+    loop {
+        fleet.lock().await.look_after();
+        traffic.look_after().await;
+        let missing = world.ledger.missing();
+        if missing.is_empty() && traffic.is_over() {
+            return;
+        }
+        assert!(
+            calm.elapsed() < CALM,
+            "seed {}: without an outcome {CALM:?} after the last fault: {missing:?}, open tasks {}, \
+             results of runs in the common queue {}; queues {:?}",
+            world.seed,
+            traffic.tasks.len(),
+            world.ledger.summary().of_runs,
+            world.broker.depths(),
+        );
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Waits until nothing is left: no message but dead letters and results that are being read, no
+/// queue of a run.
+async fn await_empty_queues(world: &World) {
+    let calm = Instant::now();
+    loop {
+        let queues = world.queues().await;
+        let is_left = |(name, messages): &&(String, u64)| {
+            name.starts_with("angler.run.") || (*messages > 0 && name != "angler.dead")
+        };
+        let left: Vec<_> = queues.iter().filter(is_left).collect();
+        if left.is_empty() {
+            return;
+        }
+        assert!(calm.elapsed() < CALM, "seed {}: left in queues: {left:?}", world.seed);
+        sleep(Duration::from_millis(300)).await;
+    }
+}
+
+/// How many dead letters there are, by reason, as `angler dead list` counts them; and the list of runs
+/// is read once more, which tidies it.
+async fn dead_letters(
+    world: &World,
+    tally: &std::sync::Mutex<bulk::Tally>,
+) -> BTreeMap<String, u64> {
+    let (exit, said) = Process::start(world, &["runs", "list", "--json"]).ended(world, tally).await;
+    assert_eq!(exit, Exit::Done, "{said}");
+    let mut list = Process::start(world, &["dead", "list", "--json", "--limit", "1"]);
+    let out = list.output();
+    let (exit, said) = list.ended(world, tally).await;
+    assert_eq!(exit, Exit::Done, "{said}");
+    let text = std::fs::read_to_string(out).unwrap();
+    let listed: serde_json::Value = serde_json::from_str(&text).unwrap();
+    serde_json::from_value(listed["reasons"].clone()).unwrap()
+}
+
+/// Writes the workers' logs where the commands' are, if the soak fails.
+struct Evidence {
+    world: Arc<World>,
+    fleet: Arc<Mutex<Fleet>>,
+}
+
+impl Drop for Evidence {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let folder = &self.world.folder;
+        if let Ok(fleet) = self.fleet.try_lock() {
+            for (number, log) in fleet.logs().enumerate() {
+                let _ = std::fs::write(folder.join(format!("worker-{number:03}.log")), log);
+            }
+        }
+        eprintln!("logs of workers and commands: {}", folder.display());
+    }
 }

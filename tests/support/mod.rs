@@ -114,6 +114,17 @@ impl Broker {
         call(&self.management, method, path, body).unwrap()
     }
 
+    /// The same, repeated until the broker does it: it may be down.
+    pub async fn insist(&self, method: &str, path: &str, body: Option<&str>) -> Value {
+        eventually(&format!("{method} {path}"), async || {
+            match status_of_call(&self.management, method, path, body) {
+                Ok((200..300, answer)) => Some(answer),
+                _ => None,
+            }
+        })
+        .await
+    }
+
     /// `host:port` of its AMQP listener.
     pub fn address(&self) -> String {
         let (_, rest) = self.url.rsplit_once('@').unwrap();
@@ -184,6 +195,15 @@ pub fn management_at(base: &str, method: &str, path: &str, body: Option<&str>) -
 }
 
 fn call(base: &str, method: &str, path: &str, body: Option<&str>) -> Result<Value, ureq::Error> {
+    status_of_call(base, method, path, body).map(|(_, answer)| answer)
+}
+
+fn status_of_call(
+    base: &str,
+    method: &str,
+    path: &str,
+    body: Option<&str>,
+) -> Result<(u16, Value), ureq::Error> {
     let url = format!("{base}/api/{path}");
     let request = ureq::http::Request::builder()
         .method(method)
@@ -200,7 +220,7 @@ fn call(base: &str, method: &str, path: &str, body: Option<&str>) -> Result<Valu
         .into();
     let mut answer = agent.run(request)?;
     let text = answer.body_mut().read_to_string().unwrap_or_default();
-    Ok(serde_json::from_str(&text).unwrap_or_default())
+    Ok((answer.status().as_u16(), serde_json::from_str(&text).unwrap_or_default()))
 }
 
 /// Status and body of a GET.
