@@ -304,8 +304,10 @@ impl App {
         let losses = Arc::new(Losses::new(options.clone(), s.topology()));
         let source = self.source(&options, &publisher, &losses, &readiness);
         let (results, allowed) = (s.amqp.results_queue.clone(), s.amqp.reply_to_allow.clone());
+        let blocked = Duration::from_secs_f64(s.amqp.blocked_seconds);
         let sink = AmqpSink::new(Arc::clone(&publisher), results, allowed)
-            .with_runs_of(&s.amqp.jobs_queue.first().queue);
+            .with_runs_of(&s.amqp.jobs_queue.first().queue)
+            .stuck_after(blocked);
         let sink: Arc<dyn ResultSink> = Arc::new(sink.counted_by(Arc::clone(engine.metrics())));
         let listener = Arc::new(ControlListener::new(
             s.amqp_options(&name),

@@ -101,6 +101,7 @@ section!(/** `[amqp]` */ AmqpSettings {
     dead_queue: String,
     control_exchange: String,
     prefetch: u16,
+    blocked_seconds: f64,
     ca_file: String,
     client_cert_file: String,
     client_key_file: String,
@@ -244,6 +245,7 @@ impl Settings {
             ("limits.image_seconds", l.image_seconds),
             ("limits.job_seconds", l.job_seconds),
             ("limits.stall_seconds", l.stall_seconds),
+            ("amqp.blocked_seconds", self.amqp.blocked_seconds),
         ];
         // A day is more than any deadline here can mean.
         let wrong = |s: f64, least: f64| !s.is_finite() || s < least || s > 86_400.0;

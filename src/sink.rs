@@ -4,6 +4,7 @@ pub mod amqp;
 pub mod jsonl;
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 
 use crate::error::FatalError;
 use crate::job::JobResult;
@@ -33,4 +34,10 @@ pub trait ResultSink: Send + Sync {
     /// # Errors
     /// [`SinkError`]; what can come back is waited for inside.
     async fn publish(&self, result: &JobResult, reply: &Reply) -> Result<(), SinkError>;
+
+    /// Returns whether results have not been accepted for so long that jobs in hand have to be given
+    /// back. `None` if that cannot happen.
+    fn stuck(&self) -> Option<watch::Receiver<bool>> {
+        None
+    }
 }

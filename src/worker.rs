@@ -20,7 +20,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -76,6 +76,10 @@ struct Core {
     pipeline: Arc<Pipeline>,
     catalog: Arc<Catalog>,
     options: WorkerOptions,
+    /// Whether results have not been accepted for too long.
+    stuck: Option<watch::Receiver<bool>>,
+    /// Changes when all jobs in hand are given back.
+    recall: watch::Sender<()>,
 }
 
 /// What the worker does next.
@@ -86,6 +90,8 @@ enum Next {
     Suspects,
     /// The store cannot be used, and why.
     Outage(&'static str),
+    /// Results have not been accepted for too long.
+    Stuck,
 }
 
 impl Worker {
@@ -97,7 +103,8 @@ impl Worker {
         catalog: Arc<Catalog>,
         options: WorkerOptions,
     ) -> Self {
-        Self { source, core: Arc::new(Core { sink, pipeline, catalog, options }) }
+        let (stuck, recall) = (sink.stuck(), watch::Sender::new(()));
+        Self { source, core: Arc::new(Core { sink, pipeline, catalog, options, stuck, recall }) }
     }
 
     /// Works until the source has no more jobs or `stop` is cancelled, then finishes what is
@@ -142,8 +149,21 @@ impl Worker {
                 Next::Job(Some((delivery, slot))) => core.start(*delivery, slot, stop, jobs).await,
                 Next::Outage(reason) => {
                     self.source.pause(reason).await;
-                    let over = core.store_is_back();
+                    let over = async {
+                        tokio::select! {
+                            () = core.store_is_back() => {}
+                            () = core.is_stuck() => {}
+                        }
+                    };
                     let Some(()) = core.meanwhile(over, stop, jobs).await? else { return Ok(()) };
+                }
+                Next::Stuck => {
+                    self.source.pause("the broker has blocked publishers for too long").await;
+                    // After the pause, so that they do not come back here.
+                    core.recall.send_replace(());
+                    let over = core.is_no_longer_stuck();
+                    let Some(()) = core.meanwhile(over, stop, jobs).await? else { return Ok(()) };
+                    tracing::info!("the broker takes results again, and this worker takes jobs");
                 }
                 Next::Suspects => {
                     let ran = self.run_suspects(&mut suspects, slots, stop, jobs).await?;
@@ -160,10 +180,15 @@ impl Worker {
         slots: &Arc<Semaphore>,
     ) -> Result<Next, FatalError> {
         // Capacity before work: a job that cannot be started is left to another worker.
-        let slot = places(slots, 1).await;
+        let slot = tokio::select! {
+            biased;
+            () = self.core.is_stuck() => return Ok(Next::Stuck),
+            slot = places(slots, 1) => slot,
+        };
         let idle = places(slots, self.core.places() - 1);
         tokio::select! {
             biased;
+            () = self.core.is_stuck() => Ok(Next::Stuck),
             reason = self.core.store_is_away() => Ok(Next::Outage(reason)),
             () = suspects.due(idle) => Ok(Next::Suspects),
             delivery = self.source.receive() => {
@@ -187,9 +212,9 @@ impl Worker {
             return Ok(Some(()));
         }
         // Other jobs first end, but not at any price: one may wait for something that never comes.
-        let alone = timeout(suspects.patience(), places(slots, core.places()));
+        let alone = timeout(suspects.patience(), core.all_places(slots));
         let Some(alone) = core.meanwhile(alone, stop, jobs).await? else { return Ok(None) };
-        let Ok(mut alone) = alone else {
+        let Ok(Some(mut alone)) = alone else {
             tracing::info!("jobs in hand take long: suspects wait until later");
             suspects.given_up();
             self.source.end_turn().await;
@@ -206,8 +231,9 @@ impl Worker {
             };
             core.start(delivery, alone, stop, jobs).await;
             // Until it is settled.
-            let again = places(slots, core.places());
-            let Some(again) = core.meanwhile(again, stop, jobs).await? else { return Ok(None) };
+            let again = core.meanwhile(core.all_places(slots), stop, jobs).await?;
+            let Some(again) = again else { return Ok(None) };
+            let Some(again) = again else { break };
             alone = again;
         }
         suspects.had_their_turn();
@@ -256,6 +282,34 @@ impl Core {
     /// Jobs in hand at once, at most.
     fn places(&self) -> u32 {
         u32::try_from(self.options.jobs_in_flight.max(1)).unwrap_or(u32::MAX)
+    }
+
+    /// Waits until no job is in hand; `None` if jobs cannot end because results are not accepted.
+    async fn all_places(&self, slots: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+        tokio::select! {
+            biased;
+            () = self.is_stuck() => None,
+            places = places(slots, self.places()) => Some(places),
+        }
+    }
+
+    async fn is_stuck(&self) {
+        // A sink that is gone is not stuck.
+        if !self.stuck_is(true).await {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    async fn is_no_longer_stuck(&self) {
+        self.stuck_is(false).await;
+    }
+
+    /// Waits for this state; returns `false` if that can never be.
+    async fn stuck_is(&self, wanted: bool) -> bool {
+        match self.stuck.clone() {
+            Some(mut stuck) => stuck.wait_for(|stuck| *stuck == wanted).await.is_ok(),
+            None => !wanted,
+        }
     }
 
     async fn store_is_away(&self) -> &'static str {

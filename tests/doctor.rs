@@ -421,7 +421,7 @@ async fn a_jobs_queue_that_was_declared_otherwise_is_found_and_left_as_it_is() {
     let without_limit = [
         ("x-queue-type", text("quorum")),
         ("x-dead-letter-exchange", text("")),
-        ("x-dead-letter-routing-key", text("angler.dead")),
+        ("x-dead-letter-routing-key", text("angler.undeliverable")),
         ("x-dead-letter-strategy", text("at-least-once")),
         ("x-overflow", text("reject-publish")),
     ];
@@ -434,10 +434,29 @@ async fn a_jobs_queue_that_was_declared_otherwise_is_found_and_left_as_it_is() {
     let jobs = ("broker", "angler.jobs");
     told(&report, jobs, "problem", "its x-queue-type is classic, a worker's is quorum", &delete);
     let suspects = ("broker", "angler.suspects");
-    told(&report, suspects, "problem", "its x-delivery-limit is none, a worker's is 10", &delete);
+    told(&report, suspects, "problem", "its x-delivery-limit is none, a worker's is 100", &delete);
     // What is only kept is kept in any queue.
     told(&report, ("broker", "angler.dead"), "warning", "classic", &delete);
     told(&report, ("broker", "angler.results"), "ok", "not there yet", "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn queues_of_an_older_angler_are_a_warning() {
+    let world = World::new().await;
+    let text = |text: &str| AMQPValue::LongString(text.into());
+    let older = [
+        ("x-queue-type", text("quorum")),
+        ("x-dead-letter-exchange", text("")),
+        ("x-dead-letter-routing-key", text("angler.dead")),
+        ("x-dead-letter-strategy", text("at-least-once")),
+        ("x-overflow", text("reject-publish")),
+        ("x-delivery-limit", AMQPValue::LongLongInt(10)),
+    ];
+    world.declare("angler.jobs", &older).await;
+    let (code, report) = world.doctor();
+    let delete = format!("rabbitmqctl delete_queue --vhost {} --if-empty", world.broker.vhost);
+    told(&report, ("broker", "angler.jobs"), "warning", "a worker's is", &delete);
+    assert_eq!(code, 0, "{report}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 pub use self::letter::DeadLetter;
+pub(crate) use self::letter::reason_of_death;
 use super::pass::{Pass, PassError};
 use super::publisher::{Published, Publisher};
 use super::{AmqpError, AmqpOptions};

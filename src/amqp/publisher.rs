@@ -168,6 +168,18 @@ impl Publisher {
         }
     }
 
+    /// Returns whether the broker has blocked publishers for longer than `limit`, as that changes.
+    pub fn blocked_for(&self, limit: Duration) -> watch::Receiver<bool> {
+        let (blocked, (told, long)) = (self.blocked.subscribe(), watch::channel(false));
+        tokio::spawn(async move {
+            tokio::select! {
+                () = tell_long_blocks(blocked, &told, limit) => {}
+                () = told.closed() => {}
+            }
+        });
+        long
+    }
+
     /// Publishes to a queue and returns once the broker has confirmed or returned the message, or has
     /// refused it for good. What can pass (a lost connection, a nack, a broker that is down) is waited
     /// for; the caller bounds that by dropping the call. Meanwhile [`Self::follow`] says what the message
@@ -503,6 +515,22 @@ impl Publisher {
 
     fn set_unreachable(&self, reason: Option<String>) {
         *self.unreachable.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+    }
+}
+
+/// Tells whether `blocked` has had a reason for longer than `limit`, until the publisher is gone.
+async fn tell_long_blocks(
+    mut blocked: watch::Receiver<Option<String>>,
+    told: &watch::Sender<bool>,
+    limit: Duration,
+) {
+    while blocked.wait_for(Option::is_some).await.is_ok() {
+        if timeout(limit, blocked.wait_for(Option::is_none)).await.is_ok() {
+            continue;
+        }
+        told.send_replace(true);
+        let _ = blocked.wait_for(Option::is_none).await;
+        told.send_replace(false);
     }
 }
 

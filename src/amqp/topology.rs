@@ -13,11 +13,12 @@ use lapin::{Channel, Connection, ExchangeKind};
 use super::ask::{answer, is_missing, look_at};
 use super::{AmqpError, put, refused, short};
 
-/// How often the broker hands out a job whose worker dies before it dead-letters it.
+/// How many deliveries of a job may come back before the broker gives the job up.
 ///
-/// Before 4.0 quorum queues have no limit unless one is declared, so one job that kills its worker
-/// would kill workers for ever.
-const DELIVERY_LIMIT: i64 = 10;
+/// The last resort: workers set a job apart much earlier. Connections that break and jobs that are handed
+/// back count as well, so a low limit would take innocent jobs. Before 4.0 quorum queues have no limit
+/// unless one is declared, from 4.0 on they have one of 20.
+const DELIVERY_LIMIT: i64 = 100;
 
 /// The same for the queues that keep messages: never.
 ///
@@ -50,10 +51,16 @@ impl Topology {
         format!("{}.retry.{delay}", self.base())
     }
 
-    /// Where jobs wait that a worker held when it ended. Named after the jobs queue, as the retry
-    /// queues are.
+    /// Where jobs wait that workers held when they died. Named after the jobs queue, as the retry queues
+    /// are.
     pub fn suspects_queue(&self) -> String {
         format!("{}.suspects", self.base())
+    }
+
+    /// Where the broker moves jobs that it gives up. Workers publish their results, and move them to the
+    /// dead letters.
+    pub fn undeliverable_queue(&self) -> String {
+        format!("{}.undeliverable", self.base())
     }
 
     /// The turn to run suspects, which one worker of the fleet has.
@@ -80,7 +87,9 @@ impl Topology {
         };
         // The dead queue first: a missing dead-letter target is retried only after minutes.
         let mut queues = vec![(self.dead.clone(), quorum()), (self.results.clone(), quorum())];
-        let mut jobs = dead_letters_to(&self.dead);
+        let undeliverable = self.undeliverable_queue();
+        queues.push((undeliverable.clone(), dead_letters_to(&self.dead)));
+        let mut jobs = dead_letters_to(&undeliverable);
         jobs.insert(short("x-delivery-limit"), AMQPValue::LongLongInt(DELIVERY_LIMIT));
         queues.push((self.jobs.clone(), jobs.clone()));
         queues.push((self.suspects_queue(), jobs));
@@ -122,6 +131,9 @@ impl Topology {
                 Unwanted::Different(note) => notes.push(note),
                 Unwanted::Forbidden(words) => match look_at(connection, &name).await? {
                     Some(_) => notes.push(unchanged(&name, &words)),
+                    None if name == self.undeliverable_queue() => {
+                        notes.push(without_results(&name, &words));
+                    }
                     None => {
                         missing.push(name);
                         refusal = words;
@@ -215,6 +227,13 @@ fn unwanted(name: &str, error: AmqpError) -> Result<Unwanted, AmqpError> {
         Some((AMQPSoftError::ACCESSREFUSED, words)) => Ok(Unwanted::Forbidden(words.to_owned())),
         _ => Err(error),
     }
+}
+
+/// The sentence for a missing queue of jobs that the broker gives up: the others work without it.
+fn without_results(name: &str, words: &str) -> String {
+    format!(
+        "there is no {name}, and this user may not declare it: jobs that the broker gives up have no result ({words})"
+    )
 }
 
 fn unchanged(name: &str, words: &str) -> String {

@@ -9,9 +9,11 @@
 mod refusing;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use lapin::BasicProperties;
+use tokio::sync::watch;
 
 use self::refusing::Refusing;
 use super::{ResultSink, SinkError};
@@ -33,6 +35,8 @@ pub struct AmqpSink {
     /// The fleet's first jobs queue, which the queues of bulk runs are named after.
     runs_of: String,
     refusing: Refusing,
+    /// Whether the broker has blocked publishers for too long.
+    stuck: Option<watch::Receiver<bool>>,
     metrics: Arc<Metrics>,
 }
 
@@ -51,7 +55,8 @@ impl AmqpSink {
     /// Results through `publisher` to the queue `results` unless their job names another.
     pub fn new(publisher: Arc<Publisher>, results: String, reply_to_allow: Vec<String>) -> Self {
         let (refusing, metrics) = (Refusing::default(), Arc::default());
-        Self { publisher, results, reply_to_allow, runs_of: String::new(), refusing, metrics }
+        let (runs_of, stuck) = (String::new(), None);
+        Self { publisher, results, reply_to_allow, runs_of, refusing, stuck, metrics }
     }
 
     /// Waits for the results queues of bulk runs as for its own. They are named after `jobs`, the
@@ -59,6 +64,13 @@ impl AmqpSink {
     #[must_use]
     pub fn with_runs_of(mut self, jobs: &str) -> Self {
         jobs.clone_into(&mut self.runs_of);
+        self
+    }
+
+    /// Is stuck once the broker has blocked publishers for longer than `limit`.
+    #[must_use]
+    pub fn stuck_after(mut self, limit: Duration) -> Self {
+        self.stuck = Some(self.publisher.blocked_for(limit));
         self
     }
 
@@ -136,6 +148,10 @@ impl AmqpSink {
 
 #[async_trait]
 impl ResultSink for AmqpSink {
+    fn stuck(&self) -> Option<watch::Receiver<bool>> {
+        self.stuck.clone()
+    }
+
     async fn publish(&self, result: &JobResult, reply: &Reply) -> Result<(), SinkError> {
         let body = result
             .to_json()

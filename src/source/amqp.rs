@@ -17,16 +17,14 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::{FutureExt, StreamExt, stream};
-use lapin::Consumer;
-use lapin::options::BasicCancelOptions;
 use lapin::types::FieldTable;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use self::incoming::Reader;
-use self::live::{FRAME_MAX, Live, consume, open};
-use self::settle::{Message, Origin};
+use self::live::{Consumers, FRAME_MAX, Live, open};
+use self::settle::Message;
 use super::{Delivery, JobSource};
 use crate::amqp::losses::Losses;
 use crate::amqp::publisher::Publisher;
@@ -58,7 +56,7 @@ pub struct AmqpSource {
     /// moment: a consumer that was dropped half-made would keep what was prefetched for it.
     opening: Option<JoinHandle<Result<Live, AmqpError>>>,
     /// The end of a pause, for the same reason.
-    resuming: Option<JoinHandle<Result<Consumer, AmqpError>>>,
+    resuming: Option<JoinHandle<Result<Consumers, AmqpError>>>,
     /// Whether suspects wait.
     suspects: Arc<watch::Sender<bool>>,
     /// Messages that came back and are looked into, each of which may be handed out then. The prefetch
@@ -129,20 +127,20 @@ impl AmqpSource {
         loop {
             self.connected().await;
             let Some(live) = &self.live else { continue };
-            if live.consumer.is_some() {
+            if live.consumers.is_some() {
                 return;
             }
             let resuming = self.resuming.take().unwrap_or_else(|| {
-                let (channel, topology) = (live.channel.clone(), Arc::clone(&self.topology));
+                let (consuming, topology) = (live.consuming.clone(), Arc::clone(&self.topology));
                 let options = self.options.clone();
-                tokio::spawn(async move { consume(&channel, &topology, &options).await })
+                tokio::spawn(async move { consuming.begin(&topology, &options).await })
             });
             let resumed = self.resuming.insert(resuming).await;
             self.resuming = None;
             match (resumed, &mut self.live) {
-                (Ok(Ok(consumer)), Some(live)) => {
+                (Ok(Ok(consumers)), Some(live)) => {
                     self.readiness.set_consuming(&self.topology.jobs);
-                    live.consumer = Some(consumer);
+                    live.consumers = Some(consumers);
                 }
                 (Ok(Err(error)), _) => self.lose(&error.to_string()),
                 (Err(panic), _) => self.lose(&panic.to_string()),
@@ -195,12 +193,12 @@ impl AmqpSource {
         if let Some(mut live) = self.live.take() {
             live.lost.cancel();
             // What was prefetched is lost as well, and noted.
-            let consumer = live.consumer.as_mut();
-            let buffered = consumer.into_iter().flat_map(|consumer| {
-                std::iter::from_fn(|| consumer.next().now_or_never().flatten()?.ok())
+            let consumers = live.consumers.as_mut();
+            let buffered = consumers.into_iter().flat_map(|consumers| {
+                std::iter::from_fn(|| consumers.next().now_or_never().flatten()?.ok())
             });
-            for delivery in buffered {
-                drop(self.reader.read(Origin::Jobs, delivery, &live.acks, live.lost.clone()));
+            for (origin, delivery) in buffered {
+                drop(self.reader.read(origin, delivery, &live.acks, live.lost.clone()));
             }
             // Closed beside the way; a broker that is gone does not answer.
             tokio::spawn(async move { close(&live.connection).await });
@@ -214,16 +212,16 @@ impl AmqpSource {
     async fn end_consumer(&mut self) {
         self.resuming = None;
         let Some(live) = &mut self.live else { return };
-        let Some(mut consumer) = live.consumer.take() else { return };
-        let cancel = live.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
-        match timeout(GIVE_BACK, cancel).await {
+        let Some(consumers) = live.consumers.take() else { return };
+        match timeout(GIVE_BACK, live.consuming.end(&consumers)).await {
             Ok(Ok(())) => {}
             _ => return, // The connection is gone, and with it the prefetched jobs.
         }
         let (lost, acks) = (live.lost.clone(), live.acks.clone());
         let mut prefetched = Vec::new();
-        while let Ok(Some(Ok(delivery))) = timeout(GIVE_BACK, consumer.next()).await {
-            let incoming = self.reader.read(Origin::Jobs, delivery, &acks, lost.clone());
+        let rest = timeout(GIVE_BACK, consumers.rest()).await.unwrap_or_default();
+        for (origin, delivery) in rest {
+            let incoming = self.reader.read(origin, delivery, &acks, lost.clone());
             if self.is_suspicious(&incoming) {
                 self.look_into(incoming);
             } else {
@@ -244,20 +242,20 @@ impl JobSource for AmqpSource {
         loop {
             self.consuming().await;
             let Self { live: Some(live), judging, .. } = self else { continue };
-            let Live { consumer: Some(consumer), acks, lost, .. } = live else { continue };
+            let Live { consumers: Some(consumers), acks, lost, .. } = live else { continue };
             let (acks, lost) = (acks.clone(), lost.clone());
             let next = tokio::select! {
                 Some(judged) = judging.join_next() => match judged {
                     Ok(Some(delivery)) if !delivery.lost.is_cancelled() => return Ok(Some(delivery)),
                     _ => continue,
                 },
-                next = consumer.next() => next,
+                next = consumers.next() => next,
                 () = lost.cancelled() => None,
             };
             match next {
-                Some(Ok(delivery)) => {
+                Some(Ok((origin, delivery))) => {
                     self.backoff.reset();
-                    let incoming = self.reader.read(Origin::Jobs, delivery, &acks, lost);
+                    let incoming = self.reader.read(origin, delivery, &acks, lost);
                     if let Some(delivery) = self.consider(incoming) {
                         return Ok(Some(delivery));
                     }

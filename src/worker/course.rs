@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -61,6 +61,7 @@ impl Core {
     ) {
         let core = Arc::clone(self);
         let underway = Underway::begin(&core, &delivery);
+        let recalled = core.recall.subscribe();
         // Class vectors that are not in memory are loaded beside the way: the jobs behind this one
         // do not wait for them.
         if core.must_load(&delivery) {
@@ -68,14 +69,14 @@ impl Core {
             jobs.spawn(async move {
                 let _slot = slot;
                 let admitted = core.admit(&delivery, &stop, &underway).await;
-                core.finish(delivery, admitted, underway).await
+                core.finish(delivery, admitted, underway, recalled).await
             });
             return;
         }
         let admitted = core.admit(&delivery, stop, &underway).await;
         jobs.spawn(async move {
             let _slot = slot;
-            core.finish(delivery, admitted, underway).await
+            core.finish(delivery, admitted, underway, recalled).await
         });
     }
 
@@ -165,12 +166,14 @@ impl Core {
         AbortOnDropHandle::new(tokio::spawn(image))
     }
 
-    /// Collects, publishes, settles. A delivery that is lost on the way is let go: it comes back.
+    /// Collects, publishes, settles. A delivery that is lost on the way is let go: it comes back. One that
+    /// is recalled is handed back, since it is dropped.
     async fn finish(
         &self,
         delivery: Delivery,
         admitted: Result<Admitted, JobError>,
         underway: Underway,
+        mut recalled: watch::Receiver<()>,
     ) -> Result<(), FatalError> {
         let lost = delivery.lost.clone();
         let Underway { id, run, .. } = &underway;
@@ -181,6 +184,12 @@ impl Core {
                 underway.lost();
                 let trace_id = underway.trace_id();
                 tracing::info!(job = id, run, trace_id, "let go: its connection is gone, so it is delivered again");
+                Ok(())
+            }
+            _ = recalled.changed() => {
+                underway.settled(&Settlement::Requeue, false);
+                let trace_id = underway.trace_id();
+                tracing::info!(job = id, run, trace_id, "handed back: its result is not accepted");
                 Ok(())
             }
             done = self.conclude(delivery, admitted, &underway) => done,

@@ -56,7 +56,7 @@ fn asyncapis_own_parser_finds_nothing_wrong() {
     let (text, errors) =
         (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{errors}");
-    assert!(text.starts_with("AsyncAPI 3.0.0: 7 channels"), "{text}{errors}");
+    assert!(text.starts_with("AsyncAPI 3.0.0: 8 channels"), "{text}{errors}");
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn queues_and_exchange_are_those_of_the_default_settings() {
     }
     let mut expected: BTreeSet<String> =
         topology.retry_delays.iter().map(|delay| topology.retry_queue(*delay)).collect();
-    expected.insert(topology.suspects_queue());
+    expected.extend([topology.suspects_queue(), topology.undeliverable_queue()]);
     let exchange = topology.control_exchange.clone();
     expected.extend([topology.jobs, topology.results, topology.dead, topology.control_exchange]);
     assert_eq!(addresses, expected);

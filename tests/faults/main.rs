@@ -12,6 +12,7 @@ mod credentials;
 mod ledger;
 mod proxy;
 mod publish;
+mod quarantine;
 mod queues;
 mod store;
 mod unparsable;

@@ -12,3 +12,4 @@ mod limits;
 mod outage;
 mod outcomes;
 mod stopping;
+mod stuck;

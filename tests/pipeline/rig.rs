@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use ndarray::{Array2, ArrayView4, array};
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, yield_now};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -205,6 +205,7 @@ pub struct TestSink {
     pub publishing: Count,
     pub gate: Gate,
     pub broken: bool,
+    pub stuck: watch::Sender<bool>,
     results: Mutex<Vec<JobResult>>,
 }
 
@@ -221,6 +222,10 @@ impl TestSink {
 
 #[async_trait]
 impl ResultSink for TestSink {
+    fn stuck(&self) -> Option<watch::Receiver<bool>> {
+        Some(self.stuck.subscribe())
+    }
+
     async fn publish(&self, result: &JobResult, _: &Reply) -> Result<(), SinkError> {
         let _inside = self.publishing.enter();
         self.gate.pass().await;

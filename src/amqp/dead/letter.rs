@@ -61,7 +61,7 @@ impl DeadLetter {
         let none = FieldTable::default();
         let headers = properties.headers().as_ref().unwrap_or(&none);
         let death = latest_death(headers);
-        let broker_reason = death.and_then(|death| string_header(death, "reason"));
+        let broker_reason = reason_of_death(headers);
         let reason = string_header(headers, "angler-reason")
             .or(broker_reason)
             .or_else(|| string_header(headers, "x-first-death-reason"))
@@ -142,6 +142,11 @@ impl DeadLetter {
 /// Returns whether a header is no part of the job as it is sent again.
 fn is_dropped(key: &str) -> bool {
     key.starts_with("angler-") || stays_behind(key)
+}
+
+/// Returns why the broker dead-lettered a message most recently, in its own word.
+pub(crate) fn reason_of_death(headers: &FieldTable) -> Option<String> {
+    latest_death(headers).and_then(|death| string_header(death, "reason"))
 }
 
 fn latest_death(headers: &FieldTable) -> Option<&FieldTable> {

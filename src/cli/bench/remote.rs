@@ -143,7 +143,8 @@ impl Remote {
         let connection = connect(options, "bench").await?;
         let channel = connection.create_channel().await?;
         let delays = topology.retry_delays.iter().map(|delay| topology.retry_queue(*delay));
-        let others = [topology.suspects_queue(), topology.results.clone(), topology.dead.clone()];
+        let (suspects, given_up) = (topology.suspects_queue(), topology.undeliverable_queue());
+        let others = [suspects, given_up, topology.results.clone(), topology.dead.clone()];
         // The jobs first: what leads to them goes nowhere then.
         for queue in [topology.jobs.clone()].into_iter().chain(delays).chain(others) {
             channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await?;

@@ -322,12 +322,22 @@ fn different(
     let argument = difference.argument.as_deref().unwrap_or_default();
     let old = server.version().is_some_and(|version| version < HAS_LIMIT);
     let limit = argument == "x-delivery-limit" && difference.is_missing;
+    let lower = argument == "x-delivery-limit" && !difference.is_missing;
+    let unanswered = argument == "x-dead-letter-routing-key"
+        && (name == topology.jobs || name == suspects)
+        && difference.text.contains(&format!(" is {},", topology.dead));
     let meaning = match argument {
         "x-delivery-limit" if limit && holds_jobs && old => {
             ": before RabbitMQ 4 such a queue hands out a job that kills its worker for ever"
         }
         "x-delivery-limit" if limit && !old => {
             ": RabbitMQ takes 20, and drops what comes back more often"
+        }
+        "x-delivery-limit" if holds_jobs && lower => {
+            ": connections that break count as well, so the broker may give up jobs that harm nobody"
+        }
+        "x-dead-letter-routing-key" if unanswered => {
+            ": a job that the broker itself gives up goes there without a result"
         }
         "x-queue-type" if name == suspects || name == topology.jobs => {
             ": it is not replicated and does not count deliveries, so a job that kills its worker \
@@ -353,7 +363,7 @@ fn different(
         quoted(name)
     );
     // Where the broker has a limit of its own, jobs are safe enough.
-    let safe_enough = !holds_jobs || (limit && !old);
+    let safe_enough = !holds_jobs || (limit && !old) || lower || unanswered;
     match safe_enough {
         true => Check::warning(name, message, remedy),
         false => Check::problem(name, message, remedy),
@@ -364,9 +374,10 @@ fn different(
 fn consumer_timeout(settings: &Settings) -> Check {
     let name = "consumer_timeout";
     let grace = settings.shutdown.grace_seconds;
-    let longest = settings.limits.job_seconds + grace as f64;
+    let longest = settings.limits.job_seconds + settings.amqp.blocked_seconds + grace as f64;
     let held = format!(
-        "a worker holds a job for at most {longest} s (limits.job_seconds + shutdown.grace_seconds)"
+        "a worker holds a job for at most {longest} s (limits.job_seconds + amqp.blocked_seconds + \
+         shutdown.grace_seconds)"
     );
     let minutes = CONSUMER_TIMEOUT.as_secs() / 60;
     if longest < CONSUMER_TIMEOUT.as_secs_f64() {
@@ -381,7 +392,7 @@ fn consumer_timeout(settings: &Settings) -> Check {
              away and closes the channel"
         ),
         format!(
-            "Lower limits.job_seconds or shutdown.grace_seconds, or raise it in the broker's \
+            "Lower limits.job_seconds, amqp.blocked_seconds or shutdown.grace_seconds, or raise it in the broker's \
              rabbitmq.conf:\n  \
              consumer_timeout = {millis}"
         ),

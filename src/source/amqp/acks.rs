@@ -148,7 +148,10 @@ async fn write(channel: Channel, mut queue: mpsc::Receiver<Settled>) {
     let most = queue.max_capacity();
     while queue.recv_many(&mut batch, most).await > 0 {
         if let Err(error) = write_batch(&channel, &mut tags, &batch).await {
-            tracing::warn!("deliveries could not be acked and come back: {error}");
+            // What was only handed back comes back anyway.
+            if batch.iter().any(|settled| settled.written.is_some()) {
+                tracing::warn!("deliveries could not be acked and come back: {error}");
+            }
             return;
         }
         for written in batch.drain(..).filter_map(|settled: Settled| settled.written) {

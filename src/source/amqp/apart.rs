@@ -28,6 +28,9 @@ use crate::source::Delivery;
 /// that breaks returns all jobs of its worker, and rarely the same ones twice.
 const EVIDENCE: u32 = 2;
 
+/// The broker's word for a message that a worker left to its dead-lettering.
+const REJECTED: &str = "rejected";
+
 /// How many processes a suspect may kill before it is given up.
 const LONE_RUNS: u32 = 3;
 
@@ -44,6 +47,9 @@ const ASK_AGAIN: Duration = Duration::from_secs(30);
 impl AmqpSource {
     /// Returns the delivery of a job, or looks into it first, beside the way of the others.
     pub(super) fn consider(&mut self, incoming: Incoming) -> Option<Delivery> {
+        if incoming.message.origin == Origin::Undeliverable {
+            return self.answer_for_broker(incoming);
+        }
         if !self.is_suspicious(&incoming) {
             return Some(incoming.deliver());
         }
@@ -51,9 +57,25 @@ impl AmqpSource {
         None
     }
 
+    /// Returns the delivery of a job that the broker gave up, so that it has a result.
+    fn answer_for_broker(&mut self, incoming: Incoming) -> Option<Delivery> {
+        let death = incoming.death().unwrap_or_default();
+        if death == REJECTED {
+            // By a worker, after it published the result: the message is too large to be published.
+            self.judging.spawn(async move {
+                incoming.message.ack.reject().await;
+                None
+            });
+            return None;
+        }
+        Some(incoming.give_up(undeliverable(&death)))
+    }
+
     /// Returns whether more deliveries of a job came back than is explained by what this process knows.
     pub(super) fn is_suspicious(&self, incoming: &Incoming) -> bool {
-        incoming.came_back(EVIDENCE) >= self.losses.of(&incoming.copy).saturating_add(EVIDENCE)
+        incoming.message.origin == Origin::Jobs
+            && incoming.came_back(EVIDENCE)
+                >= self.losses.of(&incoming.copy).saturating_add(EVIDENCE)
     }
 
     pub(super) fn look_into(&mut self, incoming: Incoming) {
@@ -61,7 +83,7 @@ impl AmqpSource {
         self.judging.spawn(async move {
             let judged = async {
                 match incoming.message.origin {
-                    Origin::Jobs => judge_job(incoming, &losses).await,
+                    Origin::Jobs | Origin::Undeliverable => judge_job(incoming, &losses).await,
                     Origin::Suspects => judge_suspect(incoming, &losses).await,
                 }
             };
@@ -177,4 +199,17 @@ fn given_up() -> Failure {
              system's (out of memory?) say more"
         ),
     )
+}
+
+/// Why a job is not worked on that the broker gave up.
+///
+/// * `death`: the broker's word.
+fn undeliverable(death: &str) -> Failure {
+    let why = match death {
+        "delivery_limit" => {
+            "its deliveries came back too often (delivery_limit): workers died, their connections broke, or they kept it longer than the broker's consumer_timeout".to_owned()
+        }
+        other => format!("the broker took it from its queue ({other})"),
+    };
+    Failure::new(FailureCode::RetriesExhausted, format!("the broker gave this job up: {why}"))
 }

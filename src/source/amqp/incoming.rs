@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::acks::Acks;
 use super::settle::{ATTEMPT, LONE_RUN, Message, Origin, STAMP};
+use crate::amqp::dead::reason_of_death;
 use crate::amqp::losses::JobCopy;
 use crate::amqp::publisher::Publisher;
 use crate::amqp::sanitize::UNPARSABLE;
@@ -77,7 +78,7 @@ impl Reader {
         let (attempt, lone_run) = (number(ATTEMPT), number(LONE_RUN));
         let stamp = match origin {
             Origin::Suspects => headers.and_then(|headers| string_header(headers, STAMP)),
-            Origin::Jobs => None,
+            Origin::Jobs | Origin::Undeliverable => None,
         };
         let id = match &job {
             Ok(job) => &job.id,
@@ -125,6 +126,11 @@ impl Incoming {
         let (queue, attempt) = (message.queue(), message.attempt);
         let suspect = message.origin == Origin::Suspects;
         Delivery { job, queue, attempt, suspect, reply, settle: Box::new(message), lost }
+    }
+
+    /// Returns why the broker moved it here, as far as it says.
+    pub fn death(&self) -> Option<String> {
+        self.message.properties.headers().as_ref().and_then(reason_of_death)
     }
 
     /// Hands it to the worker as one that is given up.

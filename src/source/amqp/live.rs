@@ -1,10 +1,14 @@
 //! A connection that jobs are consumed on, and what watches it.
 
+use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use lapin::options::{BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
+use lapin::message::Delivery;
+use lapin::options::{
+    BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions,
+};
 use lapin::types::FieldTable;
 use lapin::{Channel, Connection, Consumer, Event};
 use tokio::sync::watch;
@@ -12,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::acks::Acks;
-use crate::amqp::ask::answer;
+use super::settle::Origin;
+use crate::amqp::ask::{answer, look_at};
 use crate::amqp::connect::connect_somewhere;
 use crate::amqp::losses::Losses;
 use crate::amqp::topology::Topology;
@@ -21,6 +26,9 @@ use crate::amqp::{AmqpError, AmqpOptions, short};
 
 /// How often the queue of suspects is looked at.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// Jobs that the broker gave up and that are unacked at once.
+const UNDELIVERABLE: u16 = 4;
 
 /// Suspects that are unacked at once: one that runs, and those that are looked into.
 const SUSPECTS: u16 = 64;
@@ -32,11 +40,11 @@ pub(super) struct Live {
     /// The broker's address, for logs.
     pub broker: String,
     pub connection: Connection,
-    pub channel: Channel,
-    /// Of what came on `channel`.
+    pub consuming: Consuming,
+    /// Of what is consumed.
     pub acks: Acks,
-    /// None while the source is paused.
-    pub consumer: Option<Consumer>,
+    /// `None` while the source is paused.
+    pub consumers: Option<Consumers>,
     /// Where suspects are taken from, one at a time.
     pub suspects: Channel,
     /// Of what came on `suspects`.
@@ -80,18 +88,19 @@ pub(super) async fn open(
     let suspects = connection.create_channel().await?;
     let look = look(connection.create_channel().await?, topology.suspects_queue(), waiting);
     let channel = connection.create_channel().await?;
-    // Unacked deliveries at once; the worker holds no more jobs than that.
-    channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
-    let consumer = consume(&channel, topology, options).await?;
-    let (acks, acking) = Acks::start(channel.clone(), prefetch, Arc::clone(losses));
+    let has_undeliverable = look_at(&connection, &topology.undeliverable_queue()).await?.is_some();
+    let consuming = Consuming { channel: channel.clone(), prefetch, has_undeliverable };
+    let consumers = consuming.begin(topology, options).await?;
+    let unacked = prefetch.saturating_add(UNDELIVERABLE);
+    let (acks, acking) = Acks::start(channel.clone(), unacked, Arc::clone(losses));
     let (suspect_acks, acking_suspects) =
         Acks::start(suspects.clone(), SUSPECTS, Arc::clone(losses));
     Ok(Live {
         broker: address.to_string(),
         connection,
-        channel,
+        consuming,
         acks,
-        consumer: Some(consumer),
+        consumers: Some(consumers),
         suspects,
         suspect_acks,
         turn: None,
@@ -122,15 +131,94 @@ impl Live {
     }
 }
 
-/// Begins to consume the jobs queue: acks by hand, competing consumers.
-pub(super) async fn consume(
-    channel: &Channel,
-    topology: &Topology,
-    options: &AmqpOptions,
-) -> Result<Consumer, AmqpError> {
-    let (queue, tag) = (short(&topology.jobs), short(&options.name));
-    let by_hand = BasicConsumeOptions::default();
-    Ok(channel.basic_consume(queue, tag, by_hand, FieldTable::default()).await?)
+/// What is consumed, and how.
+#[derive(Clone)]
+pub(super) struct Consuming {
+    channel: Channel,
+    prefetch: u16,
+    /// Whether there is a queue of jobs that the broker gave up.
+    has_undeliverable: bool,
+}
+
+impl Consuming {
+    /// Begins to consume: acks by hand, competing consumers.
+    pub async fn begin(
+        &self,
+        topology: &Topology,
+        options: &AmqpOptions,
+    ) -> Result<Consumers, AmqpError> {
+        let jobs = self.consume(&topology.jobs, &options.name, self.prefetch).await?;
+        let undeliverable = match self.has_undeliverable {
+            true => {
+                let (queue, tag) =
+                    (topology.undeliverable_queue(), format!("{} undeliverable", options.name));
+                Some(self.consume(&queue, &tag, UNDELIVERABLE).await?)
+            }
+            false => None,
+        };
+        Ok(Consumers { jobs, undeliverable })
+    }
+
+    async fn consume(&self, queue: &str, tag: &str, prefetch: u16) -> Result<Consumer, AmqpError> {
+        // Unacked deliveries at once, of the next consumer; the worker holds no more jobs than that.
+        self.channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+        let (by_hand, none) = (BasicConsumeOptions::default(), FieldTable::default());
+        Ok(self.channel.basic_consume(short(queue), short(tag), by_hand, none).await?)
+    }
+
+    /// Ends what [`Self::begin`] began. Deliveries that came before are still in `consumers`.
+    ///
+    /// # Errors
+    /// If the connection is gone.
+    pub async fn end(&self, consumers: &Consumers) -> Result<(), AmqpError> {
+        let Consumers { jobs, undeliverable } = consumers;
+        for consumer in std::iter::once(jobs).chain(undeliverable) {
+            answer(self.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default()))
+                .await?;
+        }
+        Ok(())
+    }
+}
+
+/// Consumers of jobs, and of jobs that the broker gave up.
+pub(super) struct Consumers {
+    jobs: Consumer,
+    undeliverable: Option<Consumer>,
+}
+
+impl Consumers {
+    /// Returns the next delivery, and where it is from; `None` if the consumer of jobs has ended.
+    ///
+    /// Cancel-safe.
+    pub async fn next(&mut self) -> Option<Result<(Origin, Delivery), lapin::Error>> {
+        let Self { jobs, undeliverable } = self;
+        let given_up = async {
+            match undeliverable {
+                Some(consumer) => consumer.next().await,
+                None => pending().await,
+            }
+        };
+        let (origin, next) = tokio::select! {
+            next = jobs.next() => (Origin::Jobs, next),
+            next = given_up => (Origin::Undeliverable, next),
+        };
+        Some(next?.map(|delivery| (origin, delivery)))
+    }
+
+    /// Returns the deliveries that came before the consumers were cancelled.
+    pub async fn rest(self) -> Vec<(Origin, Delivery)> {
+        let Self { mut jobs, mut undeliverable } = self;
+        let mut rest = Vec::new();
+        while let Some(Ok(delivery)) = jobs.next().await {
+            rest.push((Origin::Jobs, delivery));
+        }
+        if let Some(consumer) = &mut undeliverable {
+            while let Some(Ok(delivery)) = consumer.next().await {
+                rest.push((Origin::Undeliverable, delivery));
+            }
+        }
+        rest
+    }
 }
 
 /// Watches a connection's events and cancels `lost` when it ends.

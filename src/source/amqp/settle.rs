@@ -80,6 +80,8 @@ pub(super) struct Message {
 pub(super) enum Origin {
     Jobs,
     Suspects,
+    /// Jobs that the broker gave up.
+    Undeliverable,
 }
 
 impl Message {
@@ -88,6 +90,7 @@ impl Message {
         match self.origin {
             Origin::Jobs => self.topology.jobs.clone(),
             Origin::Suspects => self.topology.suspects_queue(),
+            Origin::Undeliverable => self.topology.undeliverable_queue(),
         }
     }
 
@@ -145,7 +148,7 @@ impl Message {
     /// it is nacked only if the queue does not accept it soon.
     pub async fn give_back(self) {
         let own = match self.origin {
-            Origin::Jobs => vec![],
+            Origin::Jobs | Origin::Undeliverable => vec![],
             Origin::Suspects => stamped(self.lone_run),
         };
         let queue = self.queue();
