@@ -8,6 +8,7 @@ mod support;
 
 mod addresses;
 mod broker;
+mod cluster;
 mod credentials;
 mod ledger;
 mod proxy;

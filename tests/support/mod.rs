@@ -194,7 +194,13 @@ pub fn management_at(base: &str, method: &str, path: &str, body: Option<&str>) -
     call(base, method, path, body).unwrap()
 }
 
-fn call(base: &str, method: &str, path: &str, body: Option<&str>) -> Result<Value, ureq::Error> {
+/// The same, where the broker may be down.
+pub fn call(
+    base: &str,
+    method: &str,
+    path: &str,
+    body: Option<&str>,
+) -> Result<Value, ureq::Error> {
     status_of_call(base, method, path, body).map(|(_, answer)| answer)
 }
 

@@ -54,7 +54,8 @@ impl Server {
         ports.find(|port| port.0 == name).unwrap().1.parse().unwrap()
     }
 
-    fn run(&self, arguments: &[&str]) -> String {
+    /// A command of its script, with more arguments behind its folder.
+    pub fn run(&self, arguments: &[&str]) -> String {
         let (command, rest) = arguments.split_first().unwrap();
         // To a file: what it starts keeps a pipe open for ever.
         let path = self.dir.join("output");
