@@ -251,6 +251,7 @@ async fn whatever_node_fails_every_job_and_every_run_is_whole() {
         );
         sleep(Duration::from_millis(100)).await;
     }
+    let calm = calm.elapsed();
     let incomplete = world.incomplete();
     stop_collecting.cancel();
     collecting.await.unwrap();
@@ -261,15 +262,16 @@ async fn whatever_node_fails_every_job_and_every_run_is_whole() {
     let dead = world.cluster.queue("angler.dead")["messages"].clone();
     println!(
         "{jobs} jobs and {} runs of {JOBS_IN_RUN}; {duplicates} second results, {set_apart} jobs set \
-         apart, {dead} dead letters; last outcome {:.1?} after the last fault",
+         apart, {dead} dead letters, {} results of runs elsewhere; last outcome {calm:.1?} after the \
+         last fault",
         world.runs.len(),
-        calm.elapsed()
+        world.outcomes.strays().len()
     );
     for worker in &mut workers {
         assert_eq!(worker.has_ended(), None, "a worker ended:\n{}", worker.log());
     }
     assert_eq!(world.outcomes.wrong(), Vec::<String>::new());
-    assert_eq!(incomplete, Vec::<String>::new());
+    assert_eq!(incomplete, Vec::<String>::new(), "elsewhere: {:?}", world.outcomes.strays());
     assert!(
         dead.as_u64().is_none_or(|count| count == 0),
         "{dead} dead letters: {}",

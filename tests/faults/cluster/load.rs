@@ -30,6 +30,8 @@ struct State {
     first: BTreeMap<String, Value>,
     duplicates: usize,
     wrong: Vec<String>,
+    /// Results of runs, which belong into the runs' queues.
+    strays: Vec<String>,
     last: Option<Instant>,
     /// The longest time without a result since it was last asked for.
     gap: Duration,
@@ -69,6 +71,11 @@ impl Outcomes {
         self.state().wrong.clone()
     }
 
+    /// Jobs of runs whose results came to the common queue.
+    pub fn strays(&self) -> Vec<String> {
+        self.state().strays.clone()
+    }
+
     /// Jobs, and second results.
     pub fn counts(&self) -> (usize, usize) {
         let state = self.state();
@@ -80,13 +87,16 @@ impl Outcomes {
         if let Some(last) = state.last.replace(Instant::now()) {
             state.gap = state.gap.max(last.elapsed());
         }
+        let id = result["id"].as_str().unwrap_or_default().to_owned();
+        if !id.starts_with("load/") {
+            return state.strays.push(id);
+        }
         let labels = result["images"].as_array().map(|images| {
             images.iter().filter_map(|image| image["label"].as_str()).collect::<Vec<_>>()
         });
         if labels.as_deref() != Some(&tiny::LABELS) {
             state.wrong.push(result.to_string());
         }
-        let id = result["id"].as_str().unwrap_or_default().to_owned();
         if state.first.insert(id, result).is_some() {
             state.duplicates += 1;
         }
