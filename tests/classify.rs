@@ -638,7 +638,7 @@ fn failures_and_wrong_usage_have_their_own_exit_codes_and_a_clear_message() {
         (&["--out", &beyond], &["--out", "there is no folder", &gone]),
         (&["--setting", "amqp.prefecth=1"], &["settings: ", "prefecth", "prefetch"]),
         (&["--setting", "nonsense.key=1"], &["settings: ", "nonsense"]),
-        (&["--setting", "amqp.prefetch"], &["amqp.prefetch", "expected KEY=VALUE"]),
+        (&["--setting", "amqp.prefetch"], &["--setting", "expects KEY=VALUE"]),
         (&["--setting", "=1"], &["settings: "]),
         (&["--setting", "amqp.prefetch=many"], &["settings: ", "amqp.prefetch"]),
         (&["--setting", "embedder.max_batch=0"], &["embedder.max_batch must be at least 1"]),
