@@ -259,7 +259,7 @@ async fn a_job_that_the_broker_gave_up_says_so_and_can_be_sent_again() {
     // As an older angler declared it: it leads to the dead letters without a worker in between.
     let queue = format!("queues/{}/angler.jobs", world.broker.vhost);
     world.broker.manage("DELETE", &queue, None);
-    let old = serde_json::json!({"durable": true, "arguments": {
+    let old = json!({"durable": true, "arguments": {
         "x-queue-type": "quorum", "x-delivery-limit": 10, "x-overflow": "reject-publish",
         "x-dead-letter-exchange": "", "x-dead-letter-routing-key": "angler.dead",
         "x-dead-letter-strategy": "at-least-once",

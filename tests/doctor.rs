@@ -656,7 +656,7 @@ async fn settings_that_contradict_each_other_are_warned_of() {
     let variable = settings("ANGLER_AMQP_PREFETCH");
     told(&report, variable, "warning", "is not read", "ANGLER__AMQP__PREFETCH");
     let timeout = ("broker", "consumer_timeout");
-    told(&report, timeout, "warning", "at most 2200 s", "consumer_timeout = 4400000");
+    told(&report, timeout, "warning", "at most 2500 s", "consumer_timeout = 5000000");
     // Two queues of one name are no matter of taste.
     world.setup.set("amqp.results_queue", "angler.jobs");
     told(&world.broken(), settings("amqp"), "problem", "angler.jobs", "different names");
