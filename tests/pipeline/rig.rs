@@ -81,6 +81,14 @@ pub async fn quiet() {
     }
 }
 
+/// Lets blocking threads finish short work, too: each round waits for one of them.
+pub async fn settled() {
+    for _ in 0..200 {
+        tokio::task::spawn_blocking(|| ()).await.unwrap();
+        quiet().await;
+    }
+}
+
 /// How many are inside something, now and at most.
 #[derive(Default)]
 pub struct Count {
