@@ -343,7 +343,7 @@ impl<'a> Run<'a> {
             }
         }
         // Jobs are sent in their order: of a cancelled run the first ones are there, and whole.
-        let whole = |count: usize| count % self.per_job == 0 || count == self.images.len();
+        let whole = |count: usize| count.is_multiple_of(self.per_job) || count == self.images.len();
         let first = self.images.iter().take(seen.len()).all(|(id, _)| seen.contains(id));
         if !first || !whole(seen.len()) || (!self.is_cancelled && seen.len() < self.images.len()) {
             wrong(format!("{} of {} images", seen.len(), self.images.len()));

@@ -61,7 +61,8 @@ async fn connect(url: &str) -> Open {
 
 /// Publishes jobs at a pace until it is stopped, each until it is confirmed.
 pub async fn produce(world: Arc<World>, mut load: Load, pace: Duration, stop: CancellationToken) {
-    let (direct, orders) = mpsc::unbounded_channel();
+    // What a client that reconnects cannot take is not sent: nobody expects an answer to it.
+    let (direct, orders) = mpsc::channel(1024);
     let client = tokio::spawn(direct_client(Arc::clone(&world), orders));
     let mut pace = interval(pace);
     pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -69,7 +70,7 @@ pub async fn produce(world: Arc<World>, mut load: Load, pace: Duration, stop: Ca
     while stop.run_until_cancelled(pace.tick()).await.is_some() {
         let order = load.next();
         match &order.way {
-            Way::Direct => drop(direct.send(order)),
+            Way::Direct => drop(direct.try_send(order)),
             Way::Raw(properties) => {
                 world.ledger.expect(&order.id, order.outcome.clone(), Answer::Certain);
                 publish_raw(&world, properties, &order).await;
@@ -150,7 +151,7 @@ async fn publish_raw(world: &World, properties: &Properties, order: &Order) {
 ///
 /// Such results live as long as the client's channel: when that ends, those that are outstanding may be
 /// lost. On the last channel none may be.
-async fn direct_client(world: Arc<World>, mut orders: mpsc::UnboundedReceiver<Order>) {
+async fn direct_client(world: Arc<World>, mut orders: mpsc::Receiver<Order>) {
     let mut is_open = true;
     while is_open {
         let mut asked = Vec::new();
