@@ -50,7 +50,7 @@ impl Address {
         if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
     }
 
-    /// The user, for messages. `None` if the URL has a user and no password: what stands in the
+    /// The user, for messages. `None` if the URL has a user and no password: what is in the
     /// user's place may be the password.
     pub fn user(&self) -> Option<&str> {
         self.user_is_shown.then_some(self.uri.authority.userinfo.username.as_str())

@@ -204,7 +204,7 @@ impl Drop for HangUp {
 }
 
 /// Why the broker hangs up after the handshake. In TLS 1.3 it looks at a client's certificate only
-/// then, and whoever has written something meanwhile gets a reset instead of its alert. So once
+/// then, and a client that has written something by then gets a reset instead of its alert. So once
 /// more, and only listening.
 async fn alert(address: &Address, tls: &RustlsConnector) -> std::io::Error {
     let listening = async {

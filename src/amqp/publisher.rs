@@ -336,7 +336,7 @@ impl Publisher {
                 self.give_up(origin.number).await;
                 Err(Failed::Silent(waited))
             }
-            // A channel that nacked may do so for ever: after a change of leader on 3.10 it does.
+            // A channel that nacked may do so forever: after a change of leader on 3.10 it does.
             Err(failed) => Err(failed),
         }
     }
