@@ -301,17 +301,20 @@ impl Settings {
     /// `limits.*` that concern images.
     pub fn image_limits(&self) -> ImageLimits {
         let l = &self.limits;
+        let decoders = match l.decoders {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            some => some,
+        };
         ImageLimits {
             image_bytes: l.image_bytes,
             image_pixels: l.image_pixels,
             images_in_flight: l.images_in_flight,
+            // Every request and every decoder has an image, and the next batch forms.
+            images_at_least: self.s3.concurrency + decoders + 2 * self.embedder.max_batch,
             bytes_in_flight: l.bytes_in_flight,
             image_time: Duration::from_secs_f64(l.image_seconds),
             wait_time: Duration::from_secs_f64(l.job_seconds),
-            decoders: match l.decoders {
-                0 => std::thread::available_parallelism().map_or(1, usize::from),
-                some => some,
-            },
+            decoders,
         }
     }
 

@@ -29,6 +29,7 @@ pub mod job;
 pub mod metrics;
 pub mod model;
 pub mod outage;
+pub mod pace;
 pub mod page;
 pub mod pipeline;
 pub mod preprocess;

@@ -6,6 +6,8 @@
 //! waits for a request, for bytes, for a decoder, for a frame or for its batch. How long it may
 //! wait is its job's affair, and no wait is longer than `wait_time`.
 
+mod slots;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +23,8 @@ use crate::preprocess::{Decoded, PixelLimits, PixelSpec, decode_for};
 use crate::stopwatch::Stopwatch;
 use crate::store::{ByteBudget, Fetched, ImageStore};
 use crate::watchdog::Step;
+pub use slots::Slot;
+use slots::Slots;
 
 /// How often a fetch that failed for a passing reason is tried again at once, beside what the
 /// store's client does, and the pause before the first of those.
@@ -36,6 +40,9 @@ pub struct ImageLimits {
     pub image_pixels: u64,
     /// Images admitted at once, over all jobs.
     pub images_in_flight: usize,
+    /// Images admitted at once even if they take long. More than this, up to `images_in_flight`, are as
+    /// many as are finished within seconds.
+    pub images_at_least: usize,
     /// Encoded bytes in memory at once.
     pub bytes_in_flight: usize,
     /// The time of one image's own work.
@@ -55,7 +62,7 @@ pub struct Pipeline {
     image_time: Duration,
     wait_time: Duration,
     budget: ByteBudget,
-    slots: Arc<Semaphore>,
+    slots: Arc<Slots>,
     decoders: Arc<Semaphore>,
     decoding: Arc<Step>,
     outage: Option<Arc<Outage>>,
@@ -77,7 +84,7 @@ impl Pipeline {
             image_time: limits.image_time,
             wait_time: limits.wait_time,
             budget: ByteBudget::new(limits.bytes_in_flight, limits.image_bytes),
-            slots: Arc::new(Semaphore::new(limits.images_in_flight.max(1))),
+            slots: Slots::new(limits.images_at_least, limits.images_in_flight),
             decoders: Arc::new(Semaphore::new(limits.decoders.max(1))),
             decoding: Step::new("image(s) being decoded"),
             outage: None,
@@ -135,12 +142,8 @@ impl Pipeline {
     }
 
     /// Waits for a place among the images in flight.
-    pub async fn slot(&self) -> OwnedSemaphorePermit {
-        match Arc::clone(&self.slots).acquire_owned().await {
-            Ok(slot) => slot,
-            // The semaphore is never closed.
-            Err(_) => std::future::pending().await,
-        }
+    pub async fn slot(&self) -> Slot {
+        self.slots.take().await
     }
 
     /// Fetches, decodes, embeds and scores one image; `slot` is held until it is done.
@@ -148,14 +151,14 @@ impl Pipeline {
     /// # Errors
     /// [`SubmitError::Image`] with one of the closed set of codes, [`SubmitError::Gone`] if the
     /// engine is gone.
-    pub async fn image(
-        &self,
-        uri: &str,
-        mut want: Want,
-        slot: OwnedSemaphorePermit,
-    ) -> Result<Scored, SubmitError> {
-        let _slot = slot;
+    pub async fn image(&self, uri: &str, want: Want, slot: Slot) -> Result<Scored, SubmitError> {
         let _in_flight = self.metrics().image();
+        let done = self.classified(uri, want).await;
+        slot.finished();
+        done
+    }
+
+    async fn classified(&self, uri: &str, mut want: Want) -> Result<Scored, SubmitError> {
         let time = Time { watch: Stopwatch::started(), end: Instant::now() + self.wait_time };
         let fetched = self.within(&time, "fetched", self.fetch(uri, &time.watch)).await??;
         let frame = self.within(&time, "decoded", self.decode(fetched, &time.watch)).await??;

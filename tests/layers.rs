@@ -53,6 +53,8 @@ const LAYERS: &[(&str, Layer)] = &[
     ("classes::outliers", Values),
     // An image's time, which the store's adapters stop while they make it wait.
     ("stopwatch", Ports),
+    // How much a worker holds: images in the core, deliveries in the broker's adapter.
+    ("pace", Ports),
     ("source", Ports),
     ("store", Ports),
     ("sink", Ports),

@@ -104,6 +104,7 @@ async fn child() {
         image_bytes: 1 << 20,
         image_pixels: 1 << 20,
         images_in_flight: 64,
+        images_at_least: 64,
         bytes_in_flight: 64 << 20,
         image_time: minute,
         wait_time: minute,

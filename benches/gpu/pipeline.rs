@@ -157,6 +157,7 @@ async fn run(stage: &Stage, images: Vec<Bytes>) -> Result<Ran> {
         image_bytes: 32 << 20,
         image_pixels: LIMITS.max_pixels,
         images_in_flight: 256,
+        images_at_least: 256,
         bytes_in_flight: 256 << 20,
         image_time: Duration::from_secs(60),
         wait_time: Duration::from_secs(900),

@@ -21,10 +21,12 @@ use lapin::types::FieldTable;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
+use self::acks::Acks;
 use self::incoming::Reader;
-use self::live::{Consumers, FRAME_MAX, Live, open};
-use self::settle::Message;
+use self::live::{Consumers, FRAME_MAX, Live, NotBegun, open};
+use self::settle::{Message, Origin};
 use super::{Delivery, JobSource};
 use crate::amqp::losses::Losses;
 use crate::amqp::publisher::Publisher;
@@ -34,10 +36,18 @@ use crate::amqp::{AmqpError, AmqpOptions, Backoff, close, put};
 use crate::error::FatalError;
 use crate::health::Readiness;
 use crate::job::JobLimits;
+use crate::pace::{Pace, Rule};
 
 /// What giving back or moving messages may take when the broker does not answer: what is left
 /// comes back with the end of the connection.
 const GIVE_BACK: Duration = Duration::from_secs(5);
+
+/// The jobs that a worker holds should be finished within this time. What it holds longer, another worker
+/// might have begun, and the broker takes away after its `consumer_timeout`.
+const WITHIN: Duration = Duration::from_secs(60);
+
+/// The jobs that their rate is measured over.
+const ENDS: u32 = 8;
 
 /// How long the broker may take to answer whether it is this worker's turn. The worker receives nothing
 /// meanwhile.
@@ -47,7 +57,8 @@ const TURN: Duration = Duration::from_secs(2);
 pub struct AmqpSource {
     options: AmqpOptions,
     topology: Arc<Topology>,
-    prefetch: u16,
+    /// How many jobs to prefetch.
+    pace: Pace,
     reader: Reader,
     losses: Arc<Losses>,
     readiness: Arc<Readiness>,
@@ -55,8 +66,10 @@ pub struct AmqpSource {
     /// The attempt to become live. A task of its own, since calls of `receive` are dropped at any
     /// moment: a consumer that was dropped half-made would keep what was prefetched for it.
     opening: Option<JoinHandle<Result<Live, AmqpError>>>,
-    /// The end of a pause, for the same reason.
-    resuming: Option<JoinHandle<Result<Consumers, AmqpError>>>,
+    /// The end of a pause, or a change of the prefetch, for the same reason.
+    resuming: Option<JoinHandle<Result<Consumers, NotBegun>>>,
+    /// Whether the resumed consumers prefetch less than the ones before, whose deliveries then go back.
+    shrinking: bool,
     /// Whether suspects wait.
     suspects: Arc<watch::Sender<bool>>,
     /// Messages that came back and are looked into, each of which may be handed out then. The prefetch
@@ -82,6 +95,8 @@ impl AmqpSource {
         readiness.set_lost(&topology.jobs, "");
         let losses = Arc::new(Losses::new(options.clone(), topology.clone()));
         let topology = Arc::new(topology);
+        let most = usize::from(prefetch.max(1));
+        let pace = Pace::new(Rule { within: WITHIN, least: 1, most, ends: ENDS });
         Self {
             options,
             reader: Reader {
@@ -89,14 +104,16 @@ impl AmqpSource {
                 topology: Arc::clone(&topology),
                 limits,
                 frame_max: FRAME_MAX,
+                pace: pace.clone(),
             },
             topology,
-            prefetch,
+            pace,
             losses,
             readiness,
             live: None,
             opening: None,
             resuming: None,
+            shrinking: false,
             suspects: Arc::new(watch::Sender::new(false)),
             judging: JoinSet::new(),
             backoff: Backoff::default(),
@@ -114,11 +131,11 @@ impl AmqpSource {
     /// Begins an attempt to connect and consume after a pause.
     fn open_after(&self, pause: Duration) -> JoinHandle<Result<Live, AmqpError>> {
         let (options, topology) = (self.options.clone(), Arc::clone(&self.topology));
-        let (prefetch, suspects) = (self.prefetch, Arc::clone(&self.suspects));
+        let (pace, suspects) = (self.pace.clone(), Arc::clone(&self.suspects));
         let losses = Arc::clone(&self.losses);
         tokio::spawn(async move {
             tokio::time::sleep(pause).await;
-            open(&options, &topology, prefetch, suspects, &losses).await
+            open(&options, &topology, &pace, suspects, &losses).await
         })
     }
 
@@ -133,7 +150,7 @@ impl AmqpSource {
             let resuming = self.resuming.take().unwrap_or_else(|| {
                 let (consuming, topology) = (live.consuming.clone(), Arc::clone(&self.topology));
                 let options = self.options.clone();
-                tokio::spawn(async move { consuming.begin(&topology, &options).await })
+                tokio::spawn(async move { Ok(consuming.begin(&topology, &options).await?) })
             });
             let resumed = self.resuming.insert(resuming).await;
             self.resuming = None;
@@ -142,7 +159,12 @@ impl AmqpSource {
                     self.readiness.set_consuming(&self.topology.jobs);
                     live.consumers = Some(consumers);
                 }
-                (Ok(Err(error)), _) => self.lose(&error.to_string()),
+                (Ok(Err(NotBegun { error, old })), live) => {
+                    if let Some(live) = live {
+                        live.consumers = old;
+                    }
+                    self.lose(&error.to_string());
+                }
                 (Err(panic), _) => self.lose(&panic.to_string()),
                 (Ok(Ok(_)), None) => {}
             }
@@ -162,7 +184,7 @@ impl AmqpSource {
                     tracing::info!(
                         queue = self.topology.jobs,
                         broker = live.broker,
-                        prefetch = self.prefetch,
+                        prefetch = self.pace.now(),
                         "consuming"
                     );
                     self.readiness.set_broker(&self.topology.jobs, &live.broker);
@@ -190,6 +212,7 @@ impl AmqpSource {
         tracing::warn!("the consumer ended and is started anew: {reason}");
         self.readiness.set_lost(&self.topology.jobs, reason);
         self.suspects.send_replace(false);
+        self.shrinking = false;
         if let Some(mut live) = self.live.take() {
             live.lost.cancel();
             // What was prefetched is lost as well, and noted.
@@ -207,30 +230,87 @@ impl AmqpSource {
         self.opening = Some(self.open_after(pause));
     }
 
+    /// Begins to consume with another prefetch if the rate of jobs says so, and returns whether it does.
+    fn follow_rate(&mut self) -> bool {
+        let Some(live) = self.live.as_mut().filter(|live| live.consumers.is_some()) else {
+            return false;
+        };
+        let Some((before, now)) = self.pace.change() else { return false };
+        tracing::info!(
+            queue = self.topology.jobs,
+            before,
+            prefetch = now,
+            seconds_per_job = self.pace.seconds_each(),
+            "the prefetch follows the rate of jobs"
+        );
+        self.shrinking = now < before;
+        let (consuming, consumers) = (live.consuming.clone(), live.consumers.take());
+        let (topology, options) = (Arc::clone(&self.topology), self.options.clone());
+        self.resuming = consumers.map(|old| {
+            tokio::spawn(async move { consuming.begin_again(old, &topology, &options).await })
+        });
+        true
+    }
+
+    /// Gives back the jobs of a prefetch that was larger.
+    fn give_back_surplus(&mut self) {
+        let Some(live) = self.live.as_mut().filter(|_| std::mem::take(&mut self.shrinking)) else {
+            return;
+        };
+        let (acks, lost) = (live.acks.clone(), live.lost.clone());
+        let surplus = live.consumers.as_mut().map(Consumers::take_before).unwrap_or_default();
+        let surplus = self.not_begun(surplus, &acks, &lost);
+        self.judging.spawn(async move {
+            give_back(surplus).await;
+            None
+        });
+    }
+
+    /// Returns the messages that go back as they came. Suspicious ones are looked into instead.
+    fn not_begun(
+        &mut self,
+        prefetched: impl IntoIterator<Item = (Origin, lapin::message::Delivery)>,
+        acks: &Acks,
+        lost: &CancellationToken,
+    ) -> Vec<Message> {
+        let mut unsuspicious = Vec::new();
+        for (origin, delivery) in prefetched {
+            let incoming = self.reader.read(origin, delivery, acks, lost.clone());
+            if self.is_suspicious(&incoming) {
+                self.look_into(incoming);
+            } else {
+                unsuspicious.push(incoming.message);
+            }
+        }
+        unsuspicious
+    }
+
     /// Ends the consumer. What was prefetched but not handed out goes back now, not at the end of
     /// the drain; what cannot be given back in time comes back with the end of the connection.
     async fn end_consumer(&mut self) {
-        self.resuming = None;
+        let resuming = self.resuming.take();
         let Some(live) = &mut self.live else { return };
-        let Some(consumers) = live.consumers.take() else { return };
+        // Consumers that are half-made would keep what was prefetched for them.
+        if let Some(resuming) = resuming
+            && let Ok(Ok(Ok(consumers))) = timeout(GIVE_BACK, resuming).await
+        {
+            live.consumers = Some(consumers);
+        }
+        let Some(mut consumers) = live.consumers.take() else { return };
         match timeout(GIVE_BACK, live.consuming.end(&consumers)).await {
             Ok(Ok(())) => {}
             _ => return, // The connection is gone, and with it the prefetched jobs.
         }
         let (lost, acks) = (live.lost.clone(), live.acks.clone());
-        let mut prefetched = Vec::new();
-        let rest = timeout(GIVE_BACK, consumers.rest()).await.unwrap_or_default();
-        for (origin, delivery) in rest {
-            let incoming = self.reader.read(origin, delivery, &acks, lost.clone());
-            if self.is_suspicious(&incoming) {
-                self.look_into(incoming);
-            } else {
-                prefetched.push(incoming.message);
-            }
-        }
-        let give_back = stream::iter(prefetched).for_each_concurrent(None, Message::give_back);
-        let _ = timeout(GIVE_BACK, give_back).await;
+        let prefetched = self.not_begun(consumers.rest().await, &acks, &lost);
+        give_back(prefetched).await;
     }
+}
+
+/// Gives messages back. What takes too long is dropped, which hands it back to the head of its queue.
+async fn give_back(messages: Vec<Message>) {
+    let all = stream::iter(messages).for_each_concurrent(None, Message::give_back);
+    let _ = timeout(GIVE_BACK, all).await;
 }
 
 #[async_trait]
@@ -241,6 +321,10 @@ impl JobSource for AmqpSource {
         }
         loop {
             self.consuming().await;
+            self.give_back_surplus();
+            if self.follow_rate() {
+                continue;
+            }
             let Self { live: Some(live), judging, .. } = self else { continue };
             let Live { consumers: Some(consumers), acks, lost, .. } = live else { continue };
             let (acks, lost) = (acks.clone(), lost.clone());

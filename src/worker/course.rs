@@ -19,6 +19,7 @@ use crate::error::{
 use crate::job::{Embedding, ImageEntry, ImageRef, Job, JobResult, Outcome, Provenance, Verdict};
 use crate::metrics::Stage;
 use crate::outage::Outage;
+use crate::pipeline::Slot;
 use crate::sink::SinkError;
 use crate::source::{Delivery, Reply, Settlement};
 
@@ -37,7 +38,7 @@ fn not_again(attempt: u32, error: &str, reason: &str) -> (Outcome, Settlement) {
 }
 
 /// An image's place among those in flight, and among those of its suspect.
-type Place = (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>);
+type Place = (Slot, Option<OwnedSemaphorePermit>);
 
 /// A job whose images are all on their way.
 struct Admitted {

@@ -16,6 +16,7 @@ use angler::source::amqp::AmqpSource;
 use angler::source::memory::MemoryQueue;
 use angler::source::{Delivery, JobSource, Reply, Settlement};
 use lapin::BasicProperties;
+use lapin::options::QueueDeclareOptions;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use serde_json::json;
 
@@ -137,6 +138,13 @@ impl Amqp {
 
     async fn publish(&self, body: &[u8], properties: BasicProperties) {
         self.client.publish("angler.jobs", body, properties).await;
+    }
+
+    /// How many jobs nobody holds.
+    async fn ready(&self) -> u32 {
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let declared = self.client.channel.queue_declare("angler.jobs".into(), passive, table(&[]));
+        declared.await.unwrap().message_count()
     }
 
     /// Waits until angler has these connections here, for a second time a second later: the broker
@@ -948,6 +956,52 @@ async fn deliveries_of_a_connection_that_is_cut_are_lost_and_come_again() {
     }
     again.sort();
     assert_eq!(again, ["a", "b"]);
+    end(source).await;
+    assert!(world.take_waiting().await.is_empty());
+}
+
+#[tokio::test]
+async fn the_prefetch_follows_the_rate_of_jobs() {
+    const JOBS: u32 = 1100;
+    const MOST: u16 = 1000;
+    let world = Amqp::new().await;
+    for number in 0..JOBS {
+        world.push(&job(&number.to_string())).await;
+    }
+    // A job that is given back is there twice for a moment.
+    let held = async || JOBS.saturating_sub(world.ready().await);
+    let mut source = world.source_at(&world.broker.url, MOST);
+    let slow = receive(&mut source).await;
+    eventually("all that the setting allows is held", async || {
+        (held().await == u32::from(MOST)).then_some(())
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let next = receive(&mut source).await;
+    eventually("what takes more than a minute at this rate is given back", async || {
+        (50..=u32::from(MOST) / 2).contains(&held().await).then_some(())
+    })
+    .await;
+    let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+    for delivery in [slow, next] {
+        *seen.entry(id(&delivery)).or_default() += 1;
+        delivery.settle.settle(Settlement::Ack).await;
+    }
+    // Fast ones now. The prefetch grows once it has stayed for ten seconds.
+    let mut grown = false;
+    while seen.len() < JOBS as usize {
+        let delivery = receive(&mut source).await;
+        assert_eq!((delivery.attempt, delivery.suspect), (1, false));
+        *seen.entry(id(&delivery)).or_default() += 1;
+        delivery.settle.settle(Settlement::Ack).await;
+        if seen.len() == 50 {
+            tokio::time::sleep(Duration::from_secs(11)).await;
+        }
+        let left = JOBS - u32::try_from(seen.len()).unwrap();
+        grown = grown || (left > 600 && world.ready().await < left - 600);
+    }
+    assert!(grown, "it grew");
+    assert!(seen.values().all(|times| *times == 1), "{seen:?}");
     end(source).await;
     assert!(world.take_waiting().await.is_empty());
 }

@@ -268,3 +268,31 @@ async fn images_whose_job_is_over_are_not_embedded() {
     assert_eq!(verdicts(&run.result("after")), ["blue"]);
     assert_eq!(run.batches(), [1, 1], "only what somebody waits for");
 }
+
+#[tokio::test(start_paused = true)]
+async fn images_in_flight_follow_the_rate_so_that_a_job_is_not_admitted_long_before_its_turn() {
+    let _clock = Frozen::clock();
+    let mut rig = Rig::default();
+    rig.limits.images_at_least = 8;
+    rig.options.job_time = 130 * SECOND;
+    let mut run = rig.start();
+    run.store.gate.shut();
+    // Until the rate is known, the second job is admitted 64 s before its first image has its turn.
+    let ids = ["a", "b", "c", "d"];
+    for id in ids {
+        run.job(id, &["9,0,0"; 100]);
+    }
+    while run.sink.ids() != ids {
+        let embedded = run.timed("embed");
+        tokio::time::advance(SECOND).await;
+        run.store.gate.let_pass(1);
+        until("an image per second", || run.timed("embed") > embedded || run.sink.ids() == ids)
+            .await;
+        quiet().await;
+    }
+    assert_eq!(run.store.fetching.peak(), 64);
+    run.finished().await;
+    for id in ["c", "d"] {
+        assert_eq!(verdicts(&run.result(id)), ["red"; 100], "{id}");
+    }
+}

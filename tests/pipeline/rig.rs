@@ -294,6 +294,7 @@ impl Default for Rig {
                 image_bytes: 1 << 20,
                 image_pixels: 1 << 20,
                 images_in_flight: 64,
+                images_at_least: 64,
                 bytes_in_flight: 64 << 20,
                 image_time: LONG,
                 wait_time: LONG,

@@ -15,6 +15,7 @@ use crate::amqp::topology::Topology;
 use crate::amqp::{ACQUIRED_COUNT, DELIVERY_COUNT, number_header, string_header};
 use crate::error::{Failure, FailureCode};
 use crate::job::{Job, JobLimits, id_of_malformed};
+use crate::pace::Pace;
 use crate::source::{Delivery, Reply, Unworkable};
 
 /// The longest `traceparent` that is read and echoed. The standard's has 55 bytes; later ones may add to it.
@@ -28,6 +29,8 @@ pub(super) struct Reader {
     pub limits: JobLimits,
     /// The largest frame of the connection that messages come on.
     pub frame_max: usize,
+    /// Measures how fast jobs are finished.
+    pub pace: Pace,
 }
 
 /// A message that was received and read. Dropped: it goes back to its queue.
@@ -95,6 +98,7 @@ impl Reader {
             attempt,
             lone_run,
             frame_max: self.frame_max,
+            in_hand: (origin == Origin::Jobs).then(|| self.pace.begin()),
         };
         Incoming { message, copy, lost, job, losses }
     }

@@ -1,7 +1,9 @@
 //! A connection that jobs are consumed on, and what watches it.
 
+use std::collections::VecDeque;
 use std::future::pending;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -12,9 +14,11 @@ use lapin::options::{
 use lapin::types::FieldTable;
 use lapin::{Channel, Connection, Consumer, Event};
 use tokio::sync::watch;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::GIVE_BACK;
 use super::acks::Acks;
 use super::settle::Origin;
 use crate::amqp::ask::{answer, look_at};
@@ -23,6 +27,7 @@ use crate::amqp::losses::Losses;
 use crate::amqp::topology::Topology;
 use crate::amqp::turn::{Turn, TurnError, is_locked};
 use crate::amqp::{AmqpError, AmqpOptions, short};
+use crate::pace::Pace;
 
 /// How often the queue of suspects is looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -74,7 +79,7 @@ impl Live {
 pub(super) async fn open(
     options: &AmqpOptions,
     topology: &Topology,
-    prefetch: u16,
+    pace: &Pace,
     waiting: Arc<watch::Sender<bool>>,
     losses: &Arc<Losses>,
 ) -> Result<Live, AmqpError> {
@@ -89,9 +94,15 @@ pub(super) async fn open(
     let look = look(connection.create_channel().await?, topology.suspects_queue(), waiting);
     let channel = connection.create_channel().await?;
     let has_undeliverable = look_at(&connection, &topology.undeliverable_queue()).await?.is_some();
-    let consuming = Consuming { channel: channel.clone(), prefetch, has_undeliverable };
+    let consuming = Consuming {
+        channel: channel.clone(),
+        pace: pace.clone(),
+        has_undeliverable,
+        begun: Arc::default(),
+    };
     let consumers = consuming.begin(topology, options).await?;
-    let unacked = prefetch.saturating_add(UNDELIVERABLE);
+    // Those of a consumer that ended, and of the next one.
+    let unacked = prefetch(pace.most()).saturating_mul(2).saturating_add(UNDELIVERABLE);
     let (acks, acking) = Acks::start(channel.clone(), unacked, Arc::clone(losses));
     let (suspect_acks, acking_suspects) =
         Acks::start(suspects.clone(), SUSPECTS, Arc::clone(losses));
@@ -135,9 +146,12 @@ impl Live {
 #[derive(Clone)]
 pub(super) struct Consuming {
     channel: Channel,
-    prefetch: u16,
+    /// Says how many jobs to prefetch.
+    pace: Pace,
     /// Whether there is a queue of jobs that the broker gave up.
     has_undeliverable: bool,
+    /// How often it began.
+    begun: Arc<AtomicU64>,
 }
 
 impl Consuming {
@@ -147,16 +161,44 @@ impl Consuming {
         topology: &Topology,
         options: &AmqpOptions,
     ) -> Result<Consumers, AmqpError> {
-        let jobs = self.consume(&topology.jobs, &options.name, self.prefetch).await?;
+        // A tag that was cancelled keeps its prefetch: of a quorum queue's consumers of the same tag, the next one
+        // inherits what the one before has not acked, and each ack lets it have one more (seen on 3.10).
+        let tag = match self.begun.fetch_add(1, Ordering::Relaxed) {
+            0 => options.name.clone(),
+            times => format!("{} {}", options.name, times + 1),
+        };
+        let jobs = self.consume(&topology.jobs, &tag, prefetch(self.pace.now())).await?;
         let undeliverable = match self.has_undeliverable {
             true => {
-                let (queue, tag) =
-                    (topology.undeliverable_queue(), format!("{} undeliverable", options.name));
+                let (queue, tag) = (topology.undeliverable_queue(), format!("{tag} undeliverable"));
                 Some(self.consume(&queue, &tag, UNDELIVERABLE).await?)
             }
             false => None,
         };
-        Ok(Consumers { jobs, undeliverable })
+        Ok(Consumers { before: VecDeque::new(), jobs, undeliverable })
+    }
+
+    /// Consumes with the prefetch of now. What the old consumers have is left to the new ones.
+    ///
+    /// A broker applies another prefetch to new consumers only, and one for the whole channel is not for
+    /// quorum queues.
+    ///
+    /// # Errors
+    /// If the connection or the queue is gone.
+    pub async fn begin_again(
+        &self,
+        mut old: Consumers,
+        topology: &Topology,
+        options: &AmqpOptions,
+    ) -> Result<Consumers, NotBegun> {
+        if let Err(error) = self.end(&old).await {
+            return Err(NotBegun { error, old: Some(old) });
+        }
+        old.before = old.rest().await;
+        match self.begin(topology, options).await {
+            Ok(new) => Ok(Consumers { before: old.before, ..new }),
+            Err(error) => Err(NotBegun { error, old: Some(old) }),
+        }
     }
 
     async fn consume(&self, queue: &str, tag: &str, prefetch: u16) -> Result<Consumer, AmqpError> {
@@ -171,7 +213,7 @@ impl Consuming {
     /// # Errors
     /// If the connection is gone.
     pub async fn end(&self, consumers: &Consumers) -> Result<(), AmqpError> {
-        let Consumers { jobs, undeliverable } = consumers;
+        let Consumers { jobs, undeliverable, .. } = consumers;
         for consumer in std::iter::once(jobs).chain(undeliverable) {
             answer(self.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default()))
                 .await?;
@@ -180,8 +222,23 @@ impl Consuming {
     }
 }
 
+/// Consumers that could not begin.
+pub(super) struct NotBegun {
+    pub error: AmqpError,
+    /// With the deliveries that came before.
+    pub old: Option<Consumers>,
+}
+
+impl From<AmqpError> for NotBegun {
+    fn from(error: AmqpError) -> Self {
+        Self { error, old: None }
+    }
+}
+
 /// Consumers of jobs, and of jobs that the broker gave up.
 pub(super) struct Consumers {
+    /// Deliveries to the consumers before these.
+    before: VecDeque<(Origin, Delivery)>,
     jobs: Consumer,
     undeliverable: Option<Consumer>,
 }
@@ -191,7 +248,10 @@ impl Consumers {
     ///
     /// Cancel-safe.
     pub async fn next(&mut self) -> Option<Result<(Origin, Delivery), lapin::Error>> {
-        let Self { jobs, undeliverable } = self;
+        let Self { before, jobs, undeliverable } = self;
+        if let Some(delivery) = before.pop_front() {
+            return Some(Ok(delivery));
+        }
         let given_up = async {
             match undeliverable {
                 Some(consumer) => consumer.next().await,
@@ -205,20 +265,31 @@ impl Consumers {
         Some(next?.map(|delivery| (origin, delivery)))
     }
 
-    /// Returns the deliveries that came before the consumers were cancelled.
-    pub async fn rest(self) -> Vec<(Origin, Delivery)> {
-        let Self { mut jobs, mut undeliverable } = self;
-        let mut rest = Vec::new();
-        while let Some(Ok(delivery)) = jobs.next().await {
-            rest.push((Origin::Jobs, delivery));
-        }
-        if let Some(consumer) = &mut undeliverable {
-            while let Some(Ok(delivery)) = consumer.next().await {
-                rest.push((Origin::Undeliverable, delivery));
+    /// Takes the deliveries to the consumers before these.
+    pub fn take_before(&mut self) -> VecDeque<(Origin, Delivery)> {
+        std::mem::take(&mut self.before)
+    }
+
+    /// Returns the deliveries that came before the consumers were cancelled, as far as they come soon.
+    pub async fn rest(&mut self) -> VecDeque<(Origin, Delivery)> {
+        let mut rest = self.take_before();
+        let all = async {
+            while let Some(Ok(delivery)) = self.jobs.next().await {
+                rest.push_back((Origin::Jobs, delivery));
             }
-        }
+            let Some(consumer) = &mut self.undeliverable else { return };
+            while let Some(Ok(delivery)) = consumer.next().await {
+                rest.push_back((Origin::Undeliverable, delivery));
+            }
+        };
+        let _ = timeout(GIVE_BACK, all).await;
         rest
     }
+}
+
+/// Returns a prefetch. The setting is one, so the number fits.
+fn prefetch(jobs: usize) -> u16 {
+    u16::try_from(jobs).unwrap_or(u16::MAX)
 }
 
 /// Watches a connection's events and cancels `lost` when it ends.

@@ -17,6 +17,7 @@ use super::acks::PendingAck;
 use crate::amqp::publisher::{Publisher, TooLarge, Unpublished};
 use crate::amqp::topology::Topology;
 use crate::amqp::{DIED_AT, JOBS_QUEUE, again, short, stays_behind};
+use crate::pace::InHand;
 use crate::source::{Settle, Settlement, Unsettled};
 use crate::words::cut;
 
@@ -73,6 +74,8 @@ pub(super) struct Message {
     pub lone_run: u32,
     /// The largest frame that its connection allows. That of the publisher's is as large.
     pub frame_max: usize,
+    /// The time that a job is worked on.
+    pub in_hand: Option<InHand>,
 }
 
 /// The queue that a message came from.
@@ -238,7 +241,13 @@ fn text(text: &str) -> AMQPValue {
 
 #[async_trait]
 impl Settle for Message {
-    async fn settle(self: Box<Self>, settlement: Settlement) -> Option<Unsettled> {
+    async fn settle(mut self: Box<Self>, settlement: Settlement) -> Option<Unsettled> {
+        // What is given back was not worked on to its end.
+        if settlement != Settlement::Requeue
+            && let Some(in_hand) = self.in_hand.take()
+        {
+            in_hand.finished();
+        }
         match settlement {
             Settlement::Ack => self.ack.ack().await,
             Settlement::Requeue => self.give_back().await,
