@@ -35,6 +35,19 @@ pub(crate) fn is_missing(error: &AmqpError) -> bool {
     })
 }
 
+/// `true` if the answer to a `basic_get` means that the queue exists and has no leader. The broker closes
+/// the connection with `INTERNAL_ERROR`, at once or after a minute, which is too long to wait for.
+///
+/// A quorum queue that was declared less than about a second before RabbitMQ 3.10 is killed may come
+/// back like that for good. A passive declaration succeeds all the same.
+pub(crate) fn is_unserved(error: &AmqpError) -> bool {
+    match error {
+        AmqpError::Silent(_) => true,
+        AmqpError::Broker(error) => error.to_string().contains("Cannot get a message from queue"),
+        _ => false,
+    }
+}
+
 /// Properties of a message that only asks whether its queue is there: it expires at once, and comes
 /// back if there is none. A passive declaration of a queue that is missing closes the channel and
 /// leaves an error in the broker's log each time.

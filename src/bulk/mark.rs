@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
 use super::queues::{IdQueues, RunQueues, declare, kept};
-use crate::amqp::ask::{answer, is_missing, look_at};
+use crate::amqp::ask::{answer, is_missing, is_unserved, look_at};
 use crate::amqp::turn::{Turn, TurnError};
 use crate::amqp::{AmqpError, short};
 
@@ -85,6 +85,19 @@ pub enum MarkError {
         /// The mark's queue.
         queue: String,
     },
+    /// The queue exists, and the broker cannot read it. It has no leader: most of its nodes are down, or
+    /// the broker lost the queue's content in a crash.
+    #[error(
+        "cannot read how far run {run} was sent: queue {queue} exists, but the broker cannot read it ({reason}); if all nodes of the broker are up, it lost the queue in a crash, and `angler runs cancel --delete {run}` frees the run's id"
+    )]
+    Lost {
+        /// The run's id.
+        run: String,
+        /// The mark's queue.
+        queue: String,
+        /// What the broker said.
+        reason: String,
+    },
     /// What the queue holds is no mark.
     #[error(
         "cannot read how far run {run} was sent: queue {queue} holds no record that this version of angler reads"
@@ -146,7 +159,7 @@ pub(super) async fn look(connection: &Connection, names: &IdQueues) -> Result<Lo
     };
     let end = Instant::now() + REQUEUED;
     let found = loop {
-        match look_once(connection, &names.mark).await {
+        match look_once(connection, names).await {
             Ok(Look::Empty) if Instant::now() < end => sleep(LOOK).await,
             found => break found,
         }
@@ -157,13 +170,17 @@ pub(super) async fn look(connection: &Connection, names: &IdQueues) -> Result<Lo
     Ok(found)
 }
 
-async fn look_once(connection: &Connection, queue: &str) -> Result<Look, AmqpError> {
+async fn look_once(connection: &Connection, names: &IdQueues) -> Result<Look, MarkError> {
     let channel = answer(connection.create_channel()).await?;
     let (mut best, mut seen): (Option<Mark>, usize) = (None, 0);
     while seen < RECORDS {
         let by_hand = BasicGetOptions { no_ack: false };
-        let message = match answer(channel.basic_get(short(queue), by_hand)).await {
+        let message = match answer(channel.basic_get(short(&names.mark), by_hand)).await {
             Err(error) if is_missing(&error) => return Ok(Look::Missing),
+            Err(error) if is_unserved(&error) => {
+                let (run, queue) = (names.run.clone(), names.mark.clone());
+                return Err(MarkError::Lost { run, queue, reason: error.to_string() });
+            }
             message => message?,
         };
         let Some(message) = message else { break };

@@ -144,13 +144,21 @@ impl RunQueues {
     /// # Errors
     /// What the broker said.
     pub async fn delete(&self, connection: &Connection) -> Result<(), AmqpError> {
-        let channel = answer(connection.create_channel()).await?;
         // The mark last: as long as it is there, the id is taken.
-        for name in [&self.results, &self.cancelled, &self.id.mark] {
-            answer(channel.queue_delete(short(name), QueueDeleteOptions::default())).await?;
-        }
-        answer(channel.close(200, "done".into())).await
+        delete(connection, &[&self.results, &self.cancelled, &self.id.mark]).await
     }
+}
+
+/// Deletes queues with what is in them, even those whose content the broker lost.
+///
+/// # Errors
+/// What the broker said.
+pub async fn delete(connection: &Connection, names: &[&str]) -> Result<(), AmqpError> {
+    let channel = answer(connection.create_channel()).await?;
+    for name in names {
+        answer(channel.queue_delete(short(name), QueueDeleteOptions::default())).await?;
+    }
+    answer(channel.close(200, "done".into())).await
 }
 
 pub(super) async fn declare(

@@ -11,10 +11,11 @@ use super::UsageError;
 use super::collect::missing::{Backlog, backlog};
 use super::dead;
 use super::tables::{ROWS, end, show, table};
+use crate::amqp::ask::look_at;
 use crate::amqp::{close, connect};
 use crate::app::App;
 use crate::bulk::mark::Mark;
-use crate::bulk::queues::check_run;
+use crate::bulk::queues::{IdQueues, RunQueues, check_run, delete};
 use crate::bulk::registry::{self, Begun, State};
 
 /// The widest run and class set in a table.
@@ -189,6 +190,10 @@ pub struct CancelCommand {
     /// The run, as `angler enqueue` named it
     #[arg(value_name = "ID")]
     run: String,
+    /// Delete the run's queues as well, with the results in them. This also frees the id of a run whose
+    /// queues the broker lost in a crash
+    #[arg(long)]
+    delete: bool,
     /// Print the outcome as JSON
     #[arg(long)]
     json: bool,
@@ -197,6 +202,10 @@ pub struct CancelCommand {
 impl CancelCommand {
     async fn run(self, app: &App) -> Result<()> {
         let run = self.run.as_str();
+        check_run(run).map_err(|e| UsageError(format!("run: {e}")))?;
+        if self.delete {
+            return self.delete(app).await;
+        }
         let first = &app.settings.amqp.jobs_queue.first().queue;
         let state = with_connection(app, run, async |connection, mark, state| {
             mark.queues(first).cancel(connection).await?;
@@ -214,6 +223,49 @@ impl CancelCommand {
     }
 }
 
+impl CancelCommand {
+    /// Deletes what the broker has of the run, whether or not its mark can be read.
+    async fn delete(&self, app: &App) -> Result<()> {
+        let (run, options) = (self.run.as_str(), app.settings.amqp_options("runs"));
+        let first = &app.settings.amqp.jobs_queue.first().queue;
+        // The mark would name one nonce; the list has those of earlier runs that were left behind, too.
+        let listed = registry::runs(&options, first).await?;
+        let of_run = listed.iter().filter(|(begun, _)| begun.run == run);
+        let runs: Vec<_> =
+            of_run.map(|(begun, _)| RunQueues::new(first, run, &begun.nonce)).collect();
+        let mark = IdQueues::new(first, run).mark;
+        let connection = connect(&options, "runs").await?;
+        let deleting = async {
+            if runs.is_empty() && look_at(&connection, &mark).await?.is_none() {
+                bail!(no_run(run));
+            }
+            for queues in &runs {
+                // Before its jobs come back: workers drop those that wait.
+                queues.cancel(&connection).await?;
+                delete(&connection, &[&queues.results]).await?;
+            }
+            Ok(delete(&connection, &[&mark]).await?)
+        };
+        let deleted = deleting.await;
+        close(&connection).await;
+        deleted?;
+        match self.json {
+            true => show(&format!("{}\n", serde_json::json!({"run": run, "deleted": true})))?,
+            false => show(&format!(
+                "run {run} is deleted with the results that waited; its jobs that wait end as failed in {}\n",
+                app.settings.amqp.results_queue
+            ))?,
+        }
+        Ok(())
+    }
+}
+
+fn no_run(run: &str) -> String {
+    format!(
+        "there is no run {run} (angler runs list): it was never enqueued here, or it was collected"
+    )
+}
+
 /// Does something with a run that is there.
 async fn with_connection<T>(
     app: &App,
@@ -226,9 +278,7 @@ async fn with_connection<T>(
     let working = async {
         match registry::state(&connection, first, run).await? {
             Some((mark, state)) => work(&connection, mark, state).await,
-            None => bail!(
-                "there is no run {run} (angler runs list): it was never enqueued here, or it was collected"
-            ),
+            None => bail!(no_run(run)),
         }
     };
     let outcome = working.await;

@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 
 use super::World;
-use super::support::eventually;
+use super::support::servers::Server;
+use super::support::{Broker, eventually};
 
 /// The runs that are listed, by their ids.
 fn listed(world: &World) -> Vec<Value> {
@@ -129,4 +130,51 @@ async fn cancelling_ends_the_sending_too() {
     assert_eq!(rows.len(), 10, "{csv}");
     assert!(rows.iter().all(|row| row.contains(",cancelled,")), "{csv}");
     assert_eq!(listed(&world), [] as [Value; 0]);
+}
+
+/// Stops what serves a quorum queue, which the broker then has and cannot read. RabbitMQ 3.10 comes back
+/// like that if it is killed within a second after the queue was declared.
+fn lose(server: &Server, vhost: &str, queue: &str) {
+    let process = format!("list_to_existing_atom(\"{vhost}_{queue}\")");
+    let stop = format!("ok = ra:stop_server(quorum_queues, {{{process}, node()}}).");
+    server.ctl(&["eval", &stop]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_the_broker_lost_says_so_and_its_id_can_be_freed() {
+    let server = Server::rabbitmq("");
+    let world = World::of(Broker::of(&server)).await;
+    let (list, more) = (world.list(2), ["--per-job", "1", "--patience", "1"]);
+    for run in ["good", "lost"] {
+        assert_eq!(world.enqueue(&list, run, &more).0, 0);
+    }
+    let before = world.results("lost");
+    lose(&server, &world.broker.vhost, "angler.run.lost@mark");
+    let free = "`angler runs cancel --delete lost` frees the run's id";
+    for command in ["show", "cancel"] {
+        let (code, _, log) = world.setup.run(&["runs", command, "lost"]);
+        assert!(code == 1 && log.contains(free), "{log}");
+    }
+    let (code, _, log) = world.collect("lost", "lost.jsonl", &[]);
+    assert!(code == 1 && log.contains(free), "{log}");
+    let (code, _, log) = world.enqueue(&list, "lost", &more);
+    assert!(code == 1 && log.contains(free), "{log}");
+    let unknown: Vec<Value> = listed(&world).iter().map(|run| run["unknown"].clone()).collect();
+    assert!(unknown[0].as_str().unwrap().contains(free) && unknown[1].is_null(), "{unknown:?}");
+
+    // Its results can be gone as well.
+    lose(&server, &world.broker.vhost, &before);
+    let (code, told, log) = world.setup.run(&["runs", "cancel", "--delete", "lost"]);
+    assert!(code == 0 && told.contains("run lost is deleted"), "{told}{log}");
+    assert_eq!(world.queues("lost"), [format!("{before}.cancelled")]);
+    assert_eq!(listed(&world).len(), 1);
+    let (code, _, log) = world.setup.run(&["runs", "cancel", "--delete", "lost"]);
+    assert!(code == 1 && log.contains("there is no run lost"), "{log}");
+    assert_eq!(world.enqueue(&list, "lost", &more).0, 0);
+    let _worker = world.setup.start().await;
+    for run in ["good", "lost"] {
+        let (code, _, log) = world.collect(run, &format!("{run}.jsonl"), &[]);
+        assert_eq!(code, 0, "{log}");
+        assert!(!log.contains("cancelled"), "{log}");
+    }
 }
