@@ -204,7 +204,7 @@ async fn dead_letters(
     serde_json::from_value(listed["reasons"].clone()).unwrap()
 }
 
-/// Writes the workers' logs where the commands' are, if the soak fails.
+/// Writes the workers' logs and the broker's where the commands' are, if the soak fails.
 struct Evidence {
     world: Arc<World>,
     fleet: Arc<Mutex<Fleet>>,
@@ -221,6 +221,8 @@ impl Drop for Evidence {
                 let _ = std::fs::write(folder.join(format!("worker-{number:03}.log")), log);
             }
         }
-        eprintln!("logs of workers and commands: {}", folder.display());
+        let broker = self.world.rabbitmq.folder().join("log/rabbit.log");
+        let _ = std::fs::copy(broker, folder.join("rabbit.log"));
+        eprintln!("logs of workers, commands and the broker: {}", folder.display());
     }
 }

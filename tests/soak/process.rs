@@ -41,7 +41,7 @@ impl Process {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let log = world.folder.join(format!("{number:05}-{}.log", arguments[0]));
-        let mut command = world.setup.command(arguments);
+        let mut command = world.commands.command(arguments);
         command.stdout(File::create(log.with_extension("out")).unwrap()); // as `output`
         command.stderr(File::create(&log).unwrap()).stdin(Stdio::null());
         let child = command.spawn().unwrap();

@@ -43,9 +43,13 @@ pub struct World {
     pub seaweedfs: Server,
     pub broker: Broker,
     pub to_broker: Proxy,
+    /// In front of that, for commands only.
+    pub commands_to_broker: Proxy,
     pub to_store: Proxy,
-    /// What workers and commands are started with.
+    /// What workers are started with.
     pub setup: Setup,
+    /// What commands are started with.
+    pub commands: Setup,
     /// One image of each of [`tiny::LABELS`].
     pub images: Vec<String>,
     pub ledger: Ledger,
@@ -71,6 +75,7 @@ impl World {
         Bucket::at(&endpoint, "forbidden").await.put("image.png", *b"secret").await;
 
         let to_broker = Proxy::new(&broker.address()).await;
+        let commands_to_broker = Proxy::new(&to_broker.address()).await;
         let to_store = Proxy::new(endpoint.trim_start_matches("http://")).await;
         let mut setup = Setup::worker(&broker, "s3://soak/classes");
         setup.env.insert("ANGLER__AMQP__URL".into(), broker.url_through(&to_broker.address(), 3));
@@ -81,6 +86,9 @@ impl World {
         setup.set("retry.delays_seconds", "0.5,1,2").set("retry.max_attempts", "100");
         setup.set("limits.image_seconds", "600").set("limits.job_seconds", "1200");
         setup.set("shutdown.grace_seconds", "10");
+        let mut commands = setup.clone();
+        let url = broker.url_through(&commands_to_broker.address(), 3);
+        commands.env.insert("ANGLER__AMQP__URL".into(), url);
         let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
             .join(format!("soak-{seed}-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
@@ -92,8 +100,10 @@ impl World {
             seaweedfs,
             broker,
             to_broker,
+            commands_to_broker,
             to_store,
             setup,
+            commands,
             images,
             ledger,
             folder,
