@@ -246,6 +246,7 @@ impl App {
             job_time: Duration::from_secs_f64(s.limits.job_seconds),
             grace: Duration::from_secs(s.shutdown.grace_seconds),
             retry: s.retry_schedule(),
+            every_image: false,
             shadow: None,
             cancellations: None,
             traces: None,

@@ -56,6 +56,9 @@ pub struct WorkerOptions {
     pub grace: Duration,
     /// When failed jobs are tried again.
     pub retry: RetrySchedule,
+    /// Whether every image has its own entry, even if the store answers for none of its job. Otherwise such a job fails
+    /// as a whole.
+    pub every_image: bool,
     /// A version that is tried beside the one that is served.
     pub shadow: Option<Arc<Shadow>>,
     /// Which runs were cancelled; none: no run can be.

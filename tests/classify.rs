@@ -561,6 +561,34 @@ fn an_image_that_cannot_be_read_is_a_row_and_hurts_no_other() {
 }
 
 #[test]
+fn images_that_cannot_be_read_now_cost_no_row_behind_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let photo = files(PHOTOS)[0].clone();
+    // One alone, and a whole job of them between two others.
+    let unavailable = |number: usize| number == 3 || (32..64).contains(&number);
+    for number in 0..70 {
+        let path = folder.path().join(format!("{number:02}.png"));
+        match unavailable(number) {
+            // A file whose reading fails with an I/O error.
+            true => std::os::unix::fs::symlink("/proc/self/mem", path).unwrap(),
+            false => drop(std::fs::copy(&photo, path).unwrap()),
+        }
+    }
+    let path = folder.path().to_str().unwrap();
+    let (out, log) = done(&tiny(), &["classify", path, "--classes", REFERENCE]);
+    let rows = rows(&out);
+    assert_eq!(rows.len(), 70, "{log}");
+    for (number, row) in rows.iter().enumerate() {
+        assert!(text(row, "uri").ends_with(&format!("/{number:02}.png")), "{row}");
+        match unavailable(number) {
+            true => assert_eq!(text(&row["error"], "code"), "storage_unavailable"),
+            false => assert!(row["label"].is_string(), "{row}"),
+        }
+    }
+    assert_words(&log, &["errors   33 (storage_unavailable 33)"]);
+}
+
+#[test]
 fn failures_and_wrong_usage_have_their_own_exit_codes_and_a_clear_message() {
     let folder = tempfile::tempdir().unwrap();
     let place = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();

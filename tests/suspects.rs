@@ -146,6 +146,7 @@ async fn child() {
             job_time: minute,
             grace: minute,
             retry: RetrySchedule { delays: vec![Duration::from_secs(1)], max_attempts: 2 },
+            every_image: false,
             shadow: None,
             cancellations: None,
             traces: None,

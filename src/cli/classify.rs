@@ -139,6 +139,7 @@ impl Classify {
         );
         // A list has no queue for a later attempt: an image that fails for a passing reason is told.
         options.retry = RetrySchedule::never();
+        options.every_image = true;
         let worker = Worker::new(
             Box::new(FolderSource::new(template, images)),
             Arc::clone(&sink) as Arc<dyn ResultSink>,

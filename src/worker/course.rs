@@ -344,9 +344,9 @@ impl Core {
         Ok(Outcome::Done { provenance, images: entries })
     }
 
-    /// Decides whether the outcomes are told now. Those of an outage are nothing to tell; the store
-    /// may be back later; and after the last attempt, what can be said is said, unless that is
-    /// nothing at all.
+    /// Decides whether the outcomes are told now. Those of an outage are not, and others only after the last attempt,
+    /// since the store may be back later. A job of which nothing is known then fails as a whole, unless
+    /// every image is to have its entry.
     async fn tell_unless_transient(
         &self,
         entries: &mut [ImageEntry],
@@ -374,7 +374,7 @@ impl Core {
         let again = self.options.retry.delay_after(attempt).is_some();
         let unavailable = |e: &&mut ImageError| e.code == ImageErrorCode::StorageUnavailable;
         let nothing_known = errors.len() == images && errors.iter().all(unavailable);
-        if again || nothing_known {
+        if again || (nothing_known && !self.options.every_image) {
             return Err(JobError::transient(first.message.as_str()));
         }
         Ok(())

@@ -21,6 +21,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use serde_json::json;
 
 use super::soon;
+use super::support::proxy::{Fault, Proxy};
 use super::support::servers::Server;
 use super::support::{Broker, Client, Received, eventually};
 
@@ -1004,4 +1005,66 @@ async fn the_prefetch_follows_the_rate_of_jobs() {
     assert!(seen.values().all(|times| *times == 1), "{seen:?}");
     end(source).await;
     assert!(world.take_waiting().await.is_empty());
+}
+
+/// A source that has the turn, with one suspect in its queue.
+async fn with_a_suspect(world: &Amqp, url: &str) -> Box<dyn JobSource> {
+    let properties = BasicProperties::default();
+    world.client.publish("angler.suspects", &job("suspect"), properties).await;
+    let mut source = world.source_at(url, 10);
+    let mut waiting = source.suspects().unwrap();
+    let turn = async {
+        // Suspects may be seen a moment before the source has its connection.
+        while !source.take_turn().await {
+            tokio::select! {
+                other = source.receive() => panic!("{} came", id(&other.unwrap().unwrap())),
+                waits = waiting.wait_for(|waits| *waits) => drop(waits.unwrap()),
+            }
+        }
+    };
+    soon("the turn", turn).await;
+    source
+}
+
+#[tokio::test]
+async fn a_suspect_that_the_broker_hands_out_too_late_is_not_lost() {
+    let world = Amqp::new().await;
+    let proxy = Proxy::new(&world.broker.address()).await;
+    let url = world.broker.url_through(&proxy.address(), 60);
+    let mut source = with_a_suspect(&world, &url).await;
+    proxy.fault(Fault { black_hole: true, ..Fault::default() });
+    let received = soon("an answer", source.receive_suspect()).await.unwrap();
+    assert!(received.is_none(), "nothing passes");
+    proxy.heal();
+    // On the same connection: nobody waited for it, so it went back.
+    let suspect = receive_any(&mut source).await;
+    assert_eq!((id(&suspect).as_str(), proxy.accepted()), ("suspect", 1));
+    suspect.settle.settle(Settlement::Ack).await;
+    end(source).await;
+    assert!(world.client.get("angler.suspects").await.is_none());
+}
+
+#[tokio::test]
+async fn no_suspect_is_taken_on_a_connection_that_has_lost_its_consumer() {
+    let server = Server::rabbitmq("consumer_timeout = 3000\n");
+    let world = Amqp::on(Broker::of(&server)).await;
+    let mut source = with_a_suspect(&world, &world.broker.url).await;
+    world.push(&job("kept")).await;
+    let kept = receive(&mut source).await;
+    soon("the broker closes the consumer's channel", kept.lost.cancelled()).await;
+    // Each one would be let go at once, and the broker counts that.
+    for _ in 0..10 {
+        assert!(source.receive_suspect().await.unwrap().is_none());
+    }
+    drop(kept);
+    let mut came = Vec::new();
+    while came.len() < 2 {
+        let delivery = receive_any(&mut source).await;
+        assert!(!delivery.lost.is_cancelled());
+        came.push(id(&delivery));
+        delivery.settle.settle(Settlement::Ack).await;
+    }
+    came.sort();
+    assert_eq!(came, ["kept", "suspect"]);
+    end(source).await;
 }

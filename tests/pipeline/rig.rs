@@ -310,6 +310,7 @@ impl Default for Rig {
                     delays: vec![Duration::from_secs(5), Duration::from_secs(60)],
                     max_attempts: 3,
                 },
+                every_image: false,
                 shadow: None,
                 cancellations: None,
                 traces: None,
