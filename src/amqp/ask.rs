@@ -24,15 +24,18 @@ pub(crate) async fn answer<T>(
     timeout(ANSWER, call).await.map_err(|_| silent)?.map_err(AmqpError::from)
 }
 
-/// `true` if the broker said that there is no such queue. It has closed the channel then.
+/// `true` if the broker said that there is no queue or exchange of this name. It has closed the channel
+/// then.
 ///
 /// A queue that exists but cannot be reached is `NOT_FOUND` as well ("home node … of durable queue … is
-/// down or inaccessible"), and is not missing: hence the words.
-pub(crate) fn is_missing(error: &AmqpError) -> bool {
+/// down or inaccessible"), and is not missing: hence the words. Hence also the name: lapin 4.12 may fail
+/// what is sent on a channel with the error of an earlier channel of the same number.
+pub(crate) fn is_missing(error: &AmqpError, name: &str) -> bool {
     let AmqpError::Broker(error) = error else { return false };
-    refused(error).is_some_and(|(kind, words)| {
-        kind == AMQPSoftError::NOTFOUND && words.contains("no queue '")
-    })
+    let is_named = |words: &str| {
+        ["queue", "exchange"].iter().any(|kind| words.contains(&format!("no {kind} '{name}'")))
+    };
+    refused(error).is_some_and(|(kind, words)| kind == AMQPSoftError::NOTFOUND && is_named(words))
 }
 
 /// `true` if the answer to a `basic_get` means that the queue exists and has no leader. The broker closes
@@ -87,7 +90,7 @@ pub async fn look_at(connection: &Connection, queue: &str) -> Result<Option<Queu
             answer(channel.close(200, "done".into())).await?;
             Ok(Some(found))
         }
-        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) if is_missing(&error, queue) => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -105,10 +108,12 @@ mod tests {
             let error = AMQPError::new(AMQPSoftError::NOTFOUND.into(), words.into());
             AmqpError::Broker(ErrorKind::ProtocolError(error).into())
         };
-        assert!(is_missing(&not_found("NOT_FOUND - no queue 'angler.jobs' in vhost '/'")));
-        assert!(!is_missing(&not_found(
-            "NOT_FOUND - home node 'rabbit@b' of durable queue 'q' in vhost '/' is down or inaccessible"
-        )));
-        assert!(!is_missing(&AmqpError::Silent(15)));
+        let missing = not_found("NOT_FOUND - no queue 'angler.jobs' in vhost '/'");
+        assert!(is_missing(&missing, "angler.jobs") && !is_missing(&missing, "angler"));
+        assert!(is_missing(&not_found("NOT_FOUND - no exchange 'e' in vhost '/'"), "e"));
+        let down = not_found(
+            "NOT_FOUND - home node 'rabbit@b' of durable queue 'q' in vhost '/' is down or inaccessible",
+        );
+        assert!(!is_missing(&down, "q") && !is_missing(&AmqpError::Silent(15), "q"));
     }
 }

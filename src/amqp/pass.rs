@@ -245,7 +245,9 @@ impl Pass {
 async fn begin(connection: &Connection, queue: &str) -> Result<(Channel, u64), PassError> {
     let channel = answer(connection.create_channel()).await?;
     match look(&channel, queue).await {
-        Err(error) if is_missing(&error) => return Err(PassError::NoQueue(queue.to_owned())),
+        Err(error) if is_missing(&error, queue) => {
+            return Err(PassError::NoQueue(queue.to_owned()));
+        }
         looked => looked?,
     };
     // Held until the connection ends.

@@ -16,32 +16,31 @@
 //! message for a queue of the worker's own is then sent again until it is confirmed, since nothing
 //! may be lost. A message for another's queue is the caller's to give up ([`Publisher::offer`]).
 
+mod answers;
+mod blocked;
 mod channels;
+mod missing;
 mod waiting;
 
 use std::sync::{Mutex as StdMutex, PoisonError};
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use lapin::options::BasicPublishOptions;
-use lapin::protocol::AMQPSoftError;
-use lapin::{BasicProperties, Channel, Confirmation, Connection, Event};
+use lapin::{BasicProperties, Channel, Connection};
 use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout};
-use tokio_util::task::AbortOnDropHandle;
 
-use self::channels::{Lease, Origin, State};
+use self::answers::Failed;
+use self::blocked::Blocked;
+use self::channels::{Lease, State};
+use self::missing::Missing;
 use self::waiting::Waiting;
-use super::ask::question;
+use super::ask::{is_missing, look, question};
 use super::topology::Topology;
-use super::{AmqpError, AmqpOptions, Backoff, connect, is_direct_reply, refused, short};
+use super::{AmqpError, AmqpOptions, Backoff, connect, is_direct_reply, short};
 
 /// How long a confirm may take before the message is sent again on another channel.
 const CONFIRM: Duration = Duration::from_secs(30);
-
-/// For this long after a connection was opened, a queue that is missing may only be missing yet: a
-/// broker that comes back accepts publishers before it has found all its queues.
-const SETTLING: Duration = Duration::from_secs(5);
 
 /// How long a question may take.
 const ASK: Duration = Duration::from_secs(2);
@@ -99,9 +98,10 @@ pub struct Publisher {
     state: Mutex<State>,
     in_flight: Semaphore,
     /// Why the broker takes nothing for now.
-    blocked: watch::Sender<Option<String>>,
+    blocked: Blocked,
     /// Why there is no connection.
     unreachable: StdMutex<Option<String>>,
+    missing: Missing,
     waiting: Waiting,
 }
 
@@ -113,16 +113,6 @@ struct Outgoing<'a> {
     body: &'a [u8],
 }
 
-/// Why a message was not confirmed.
-enum Failed {
-    /// The broker's answer to this message.
-    Queue(Refusal),
-    /// The channel or the connection failed, which says nothing of the message.
-    Channel(String),
-    /// No answer.
-    Silent(Duration),
-}
-
 impl Publisher {
     /// Creates a publisher that connects when it is first needed, and declares what it publishes to.
     pub fn new(options: AmqpOptions, topology: Topology) -> Self {
@@ -131,7 +121,8 @@ impl Publisher {
             topologies: vec![topology],
             state: Mutex::default(),
             in_flight: Semaphore::new(IN_FLIGHT),
-            blocked: watch::Sender::new(None),
+            blocked: Blocked::default(),
+            missing: Missing::default(),
             unreachable: StdMutex::default(),
             waiting: Waiting::default(),
         }
@@ -170,14 +161,7 @@ impl Publisher {
 
     /// Returns whether the broker has blocked publishers for longer than `limit`, as that changes.
     pub fn blocked_for(&self, limit: Duration) -> watch::Receiver<bool> {
-        let (blocked, (told, long)) = (self.blocked.subscribe(), watch::channel(false));
-        tokio::spawn(async move {
-            tokio::select! {
-                () = tell_long_blocks(blocked, &told, limit) => {}
-                () = told.closed() => {}
-            }
-        });
-        long
+        self.blocked.longer_than(limit)
     }
 
     /// Publishes to a queue and returns once the broker has confirmed or returned the message, or has
@@ -286,10 +270,11 @@ impl Publisher {
         let mut backoff = Backoff::default();
         loop {
             let reason = match self.attempt(message, confirm).await {
-                Ok((Published::Unroutable, from)) if from.since.elapsed() < SETTLING => {
-                    "the queue is not there yet".to_owned()
+                Ok(Published::Unroutable) if !self.lacks(queue).await => {
+                    let reason = "the broker returned it as unroutable, and does not say that the queue is missing";
+                    return Err(Refusal(reason.to_owned()));
                 }
-                Ok((published, _)) => return Ok(published),
+                Ok(published) => return Ok(published),
                 Err(Failed::Queue(refusal)) => return Err(refusal),
                 Err(Failed::Channel(reason)) => reason,
                 Err(Failed::Silent(waited)) => format!("no answer within {} s", waited.as_secs()),
@@ -304,36 +289,53 @@ impl Publisher {
     pub async fn has_queue(&self, queue: &str) -> Option<bool> {
         let asking = async {
             let message = Outgoing { queue, properties: &question(), body: &[] };
-            let (published, _) = self.attempt(message, CONFIRM).await.ok()?;
-            Some(published == Published::Confirmed)
+            Some(self.attempt(message, CONFIRM).await.ok()? == Published::Confirmed)
         };
         timeout(ASK, asking).await.ok()?
     }
 
-    /// Makes one attempt; returns also which connection it was made on.
-    async fn attempt(
-        &self,
-        message: Outgoing<'_>,
-        confirm: Duration,
-    ) -> Result<(Published, Origin), Failed> {
+    /// Returns whether the broker says that there is no queue of this name, for which it returned a message.
+    /// It returns messages for queues that exist, too: while their leader changes, their node is down or
+    /// the broker starts.
+    async fn lacks(&self, queue: &str) -> bool {
+        if self.missing.knows(queue) {
+            return true;
+        }
+        let asking = async {
+            let channel = {
+                let state = self.state.lock().await;
+                state.live.as_ref()?.connection.create_channel().await.ok()?
+            };
+            look(&channel, queue).await.err()
+        };
+        let error = timeout(ASK, asking).await.ok().flatten();
+        let is_missing = error.is_some_and(|error| is_missing(&error, queue));
+        if is_missing {
+            self.missing.note(queue);
+        }
+        is_missing
+    }
+
+    /// Makes one attempt.
+    async fn attempt(&self, message: Outgoing<'_>, confirm: Duration) -> Result<Published, Failed> {
         // The semaphore is never closed; without a permit the attempt would be made all the same.
         let _permit = self.in_flight.acquire().await.ok();
         let lease = self.lease().await;
-        let origin = lease.origin;
+        let number = lease.number;
         match self.send(&lease.channel, message, confirm).await {
             // The broker closed its channel.
-            Ok(Published::TooLarge(error)) => Ok((Published::TooLarge(error), origin)),
+            Ok(Published::TooLarge(error)) => Ok(Published::TooLarge(error)),
             Ok(published) => {
                 lease.reuse();
-                Ok((published, origin))
+                Ok(published)
             }
             // A queue without a majority, or on a node that is down, while all others are fine.
-            Err(Failed::Silent(waited)) if self.answers(origin.number).await => {
+            Err(Failed::Silent(waited)) if self.answers(number).await => {
                 let reason = format!("no confirm within {} s", waited.as_secs());
                 Err(Failed::Queue(Refusal(reason)))
             }
             Err(Failed::Silent(waited)) => {
-                self.give_up(origin.number).await;
+                self.give_up(number).await;
                 Err(Failed::Silent(waited))
             }
             // A channel that nacked may do so forever: after a change of leader on 3.10 it does.
@@ -365,7 +367,7 @@ impl Publisher {
             match self.open().await {
                 Ok(connection) => {
                     self.set_unreachable(None);
-                    let watch = self.watch(&connection);
+                    let watch = self.blocked.watch(&connection);
                     state.set_live(connection, watch);
                 }
                 Err(error) => {
@@ -416,32 +418,6 @@ impl Publisher {
         }
     }
 
-    /// Follows what the broker says of this connection.
-    fn watch(&self, connection: &Connection) -> AbortOnDropHandle<()> {
-        self.blocked.send_replace(None);
-        let mut events = Box::pin(connection.events_listener());
-        let blocked = self.blocked.clone();
-        AbortOnDropHandle::new(tokio::spawn(async move {
-            while let Some(event) = events.next().await {
-                match event {
-                    Event::ConnectionBlocked(reason) => {
-                        tracing::warn!("the broker blocks publishers, results wait: {reason}");
-                        blocked.send_replace(Some(reason.to_string()));
-                    }
-                    Event::ConnectionUnblocked => {
-                        tracing::info!("the broker takes messages again");
-                        blocked.send_replace(None);
-                    }
-                    // Of a channel; the connection lives.
-                    Event::Error(error) if refused(&error).is_some() => {}
-                    Event::Error(_) => break, // Anyone who publishes meets it.
-                    _ => {}
-                }
-            }
-            blocked.send_replace(None);
-        }))
-    }
-
     /// Ends the connection of this number, unless another has replaced it.
     async fn give_up(&self, number: u64) {
         let mut state = self.state.lock().await;
@@ -481,27 +457,7 @@ impl Publisher {
                 }
             }
         };
-        let of_queue = |reason: &str| Err(Failed::Queue(Refusal(reason.to_owned())));
-        match answer {
-            Ok(Confirmation::Ack(None)) => Ok(Published::Confirmed),
-            Ok(Confirmation::Ack(Some(_))) => Ok(Published::Unroutable),
-            Ok(Confirmation::Nack(_)) => {
-                of_queue("the broker refused it (nack); is the queue full?")
-            }
-            Ok(Confirmation::NotRequested) => {
-                Err(Failed::Channel("confirms are off on this channel".to_owned()))
-            }
-            Err(error) => match refused(&error) {
-                Some((AMQPSoftError::PRECONDITIONFAILED, words)) if is_of_size(words) => {
-                    if is_of(words, body.len()) {
-                        return Ok(Published::TooLarge(TooLarge(words.to_owned())));
-                    }
-                    Err(Failed::Channel(format!("an error of another message: {words}")))
-                }
-                Some((_, words)) => of_queue(words),
-                None => Err(Failed::Channel(error.to_string())),
-            },
-        }
+        answers::read(answer, body.len())
     }
 
     /// Ends the connection.
@@ -515,58 +471,5 @@ impl Publisher {
 
     fn set_unreachable(&self, reason: Option<String>) {
         *self.unreachable.lock().unwrap_or_else(PoisonError::into_inner) = reason;
-    }
-}
-
-/// Tells whether `blocked` has had a reason for longer than `limit`, until the publisher is gone.
-async fn tell_long_blocks(
-    mut blocked: watch::Receiver<Option<String>>,
-    told: &watch::Sender<bool>,
-    limit: Duration,
-) {
-    while blocked.wait_for(Option::is_some).await.is_ok() {
-        if timeout(limit, blocked.wait_for(Option::is_none)).await.is_ok() {
-            continue;
-        }
-        told.send_replace(true);
-        let _ = blocked.wait_for(Option::is_none).await;
-        told.send_replace(false);
-    }
-}
-
-/// Returns whether the broker complains of a message's size, as in `PRECONDITION_FAILED - message
-/// size 17000000 is larger than configured max size 16777216`.
-fn is_of_size(words: &str) -> bool {
-    words.contains("message size") && words.contains("larger than")
-}
-
-/// Returns whether a refusal of a size is about a message of `bytes`. lapin 4.12 keeps a channel's error
-/// under the channel's number, and may reject what is sent on the next channel of that number with it.
-fn is_of(words: &str, bytes: usize) -> bool {
-    let size = words.split_once("message size ").and_then(|(_, rest)| rest.split(' ').next());
-    size.and_then(|size| size.parse().ok()).is_none_or(|size: usize| size == bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{is_of, is_of_size};
-
-    #[test]
-    fn a_size_is_told_from_other_preconditions() {
-        // With the default of 3.10, and with another.
-        assert!(is_of_size(
-            "PRECONDITION_FAILED - message size 134217729 is larger than max size 134217728"
-        ));
-        assert!(is_of_size(
-            "PRECONDITION_FAILED - message size 30001 is larger than configured max size 30000"
-        ));
-        assert!(!is_of_size("PRECONDITION_FAILED - invalid expiration 'x'"));
-    }
-
-    #[test]
-    fn a_refusal_of_a_size_is_about_a_message_of_that_size() {
-        let words = "PRECONDITION_FAILED - message size 30001 is larger than max size 30000";
-        assert!(is_of(words, 30_001) && !is_of(words, 253));
-        assert!(is_of("message size too large, larger than allowed", 253));
     }
 }

@@ -176,7 +176,7 @@ impl Topology {
         let (kind, none) = (ExchangeKind::Fanout, FieldTable::default());
         match answer(channel.exchange_declare(short(name), kind, passive, none)).await {
             Ok(()) => Ok(Some(unchanged(name, &words))),
-            Err(error) if is_missing(&error) => {
+            Err(error) if is_missing(&error, name) => {
                 Err(AmqpError::Undeclared { names: name.clone(), refusal: words })
             }
             Err(error) => Err(error),

@@ -278,7 +278,7 @@ impl Taking<'_> {
             self.channel.basic_consume(short(queue), short(""), options, FieldTable::default());
         match answer(consuming).await {
             Ok(consumer) => Ok(consumer),
-            Err(error) if is_missing(&error) => {
+            Err(error) if is_missing(&error, queue) => {
                 let (run, queue) = (self.journal.run().id.clone(), queue.clone());
                 Err(Failed::Final(CollectError::NoRun { run, queue }))
             }

@@ -176,7 +176,7 @@ async fn look_once(connection: &Connection, names: &IdQueues) -> Result<Look, Ma
     while seen < RECORDS {
         let by_hand = BasicGetOptions { no_ack: false };
         let message = match answer(channel.basic_get(short(&names.mark), by_hand)).await {
-            Err(error) if is_missing(&error) => return Ok(Look::Missing),
+            Err(error) if is_missing(&error, &names.mark) => return Ok(Look::Missing),
             Err(error) if is_unserved(&error) => {
                 let (run, queue) = (names.run.clone(), names.mark.clone());
                 return Err(MarkError::Lost { run, queue, reason: error.to_string() });

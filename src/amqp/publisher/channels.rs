@@ -24,7 +24,6 @@ pub(super) struct Live {
     /// Channels in confirm mode on which nothing is in flight. The last one used is used next, so
     /// that there are only as many as messages were ever in flight at once.
     idle: Idle,
-    since: Instant,
     /// When the queues were last declared.
     pub declared: Instant,
     _watch: AbortOnDropHandle<()>,
@@ -36,14 +35,8 @@ pub(super) struct Lease {
     pub channel: Channel,
     /// Where it returns to.
     idle: Idle,
-    pub origin: Origin,
-}
-
-/// Which connection a channel is of, and since when that connection exists.
-#[derive(Clone, Copy)]
-pub(super) struct Origin {
+    /// Which connection it is of.
     pub number: u64,
-    pub since: Instant,
 }
 
 impl Lease {
@@ -56,9 +49,8 @@ impl Lease {
 impl State {
     /// Takes a connection into use, whose queues were just declared.
     pub fn set_live(&mut self, connection: Connection, watch: AbortOnDropHandle<()>) {
-        let now = Instant::now();
-        let idle = Idle::default();
-        self.live = Some(Live { connection, idle, since: now, declared: now, _watch: watch });
+        let (idle, declared) = (Idle::default(), Instant::now());
+        self.live = Some(Live { connection, idle, declared, _watch: watch });
         self.opened += 1;
     }
 
@@ -68,18 +60,17 @@ impl State {
         let Some(live) = self.live.as_mut().filter(|l| l.connection.status().connected()) else {
             return Ok(None);
         };
-        let origin = Origin { number, since: live.since };
         let idle = Arc::clone(&live.idle);
         loop {
             // A statement of its own, so that the lock is free again.
             let Some(channel) = lock(&idle).pop() else { break };
             if channel.status().connected() {
-                return Ok(Some(Lease { channel, idle, origin }));
+                return Ok(Some(Lease { channel, idle, number }));
             }
         }
         let channel = live.connection.create_channel().await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        Ok(Some(Lease { channel, idle, origin }))
+        Ok(Some(Lease { channel, idle, number }))
     }
 
     /// Ends the connection.
