@@ -209,7 +209,10 @@ fn write_set(path: &Path, rows: usize, dim: usize, model: &str) -> Result<()> {
     let (mut row, mut halves) = (vec![0.0_f32; dim], vec![f16::ZERO; dim]);
     for _ in 0..rows {
         row.fill_with(|| random.f32() - 0.5);
-        ensure!(angler::score::normalise(ArrayViewMut1::from(&mut row[..])), "a row was zero");
+        ensure!(
+            angler::classes::unit::normalise(ArrayViewMut1::from(&mut row[..])),
+            "a row was zero"
+        );
         halves.convert_from_f32_slice(&row);
         file.write_all(bytemuck::cast_slice(&halves))?;
     }

@@ -22,9 +22,10 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use angler::classes::unit::normalise;
 use angler::classes::vectors::{Precision, Vectors};
 use angler::classes::{ClassVectors, Contents};
-use angler::score::{Scorer, normalise};
+use angler::score::Scorer;
 use anyhow::{Context, Result};
 use clap::Parser;
 use ndarray::linalg::general_mat_mul;

@@ -6,6 +6,7 @@
 
 pub mod address;
 pub mod ask;
+pub mod cancelled;
 pub mod connect;
 pub mod control;
 pub mod dead;
@@ -13,6 +14,7 @@ pub mod inspect;
 pub mod losses;
 pub mod pass;
 pub mod publisher;
+pub mod run_queues;
 pub mod sanitize;
 pub mod topology;
 pub mod turn;

@@ -1,11 +1,10 @@
 //! Bulk runs: many images as jobs that belong together, and their results in one file.
 //!
 //! A run has no database. The broker keeps what there is to know of it: the results, in a queue of
-//! the run's own until they are collected ([`queues`]), and how far it was sent ([`mark`]). A command
+//! the run's own until they are collected ([`run_queues`](crate::amqp::run_queues)), and how far it was sent ([`mark`]). A command
 //! that continues a run reads the list of images again from the same source ([`spool`]) and recognises
 //! the run by its digest.
 
-pub mod cancelled;
 pub mod collector;
 pub mod embeddings;
 pub mod enqueuer;
@@ -13,7 +12,6 @@ pub mod have;
 pub mod journal;
 pub mod manifest;
 pub mod mark;
-pub mod queues;
 mod reconnect;
 pub mod registry;
 pub mod result;

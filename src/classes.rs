@@ -20,6 +20,7 @@ pub mod outliers;
 pub mod publish;
 pub mod shadow;
 pub mod statistics;
+pub mod unit;
 pub mod vectors;
 
 use std::collections::{BTreeMap, HashMap};

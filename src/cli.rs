@@ -24,11 +24,10 @@ mod worker;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::app::App;
 use crate::config::{LogFormat, Settings, SettingsError, hidden};
-use crate::embed::BackendChoice;
 use crate::telemetry;
 
 /// Classify images by metric learning: embeddings compared with versioned class vectors.
@@ -55,7 +54,22 @@ struct Global {
     model: Option<String>,
     /// What runs the model (embedder.backend)
     #[arg(long, global = true)]
-    backend: Option<BackendChoice>,
+    backend: Option<Backend>,
+}
+
+/// What runs the model, as `embedder.backend` names it.
+#[derive(Clone, Copy, ValueEnum)]
+enum Backend {
+    /// The best that works: cuda, then onnxruntime on the CPU, then tract
+    Auto,
+    /// ONNX Runtime on an NVIDIA GPU
+    Cuda,
+    /// ONNX Runtime with TensorRT on an NVIDIA GPU
+    Tensorrt,
+    /// ONNX Runtime on the CPU
+    Onnxruntime,
+    /// tract, in pure Rust, on the CPU
+    Tract,
 }
 
 #[derive(Subcommand)]
@@ -149,7 +163,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         set.push(("model.path".to_owned(), model));
     }
     if let Some(backend) = backend {
-        let name = clap::ValueEnum::to_possible_value(&backend);
+        let name = backend.to_possible_value();
         let name = name.map(|v| v.get_name().to_owned()).unwrap_or_default();
         set.push(("embedder.backend".to_owned(), name));
     }

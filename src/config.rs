@@ -23,7 +23,7 @@ use crate::classes::catalog::CatalogOptions;
 use crate::embed::onnxruntime::{ConvSearch, CudaOptions};
 use crate::embed::{self, BackendChoice, Scoring};
 use crate::engine::OnFailure;
-use crate::engine::batcher::BatchPolicy;
+use crate::engine::policy::BatchPolicy;
 use crate::job::{ClassSelector, JobLimits};
 use crate::pipeline::ImageLimits;
 use crate::retry::RetrySchedule;

@@ -6,9 +6,11 @@
 //! Unknown fields and kinds are ignored, so that old and new workers live side by side. A request
 //! may be lost: it only makes a worker do at once what it does by itself a little later.
 
+pub mod shadow;
+
 use serde::{Deserialize, Serialize};
 
-use crate::classes::shadow::ShadowReport;
+use shadow::ShadowReport;
 
 /// AMQP property `type` of a request.
 pub const REQUEST_TYPE: &str = "control.v1";

@@ -166,7 +166,7 @@ impl std::fmt::Display for Backend {
 }
 
 /// What was asked for: `embedder.backend`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BackendChoice {
     /// The best that works: cuda, then onnxruntime on the CPU, then tract.
@@ -179,6 +179,19 @@ pub enum BackendChoice {
     Onnxruntime,
     /// tract, in pure Rust, on the CPU.
     Tract,
+}
+
+impl BackendChoice {
+    /// The choice as it stands in settings.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Cuda => "cuda",
+            Self::Tensorrt => "tensorrt",
+            Self::Onnxruntime => "onnxruntime",
+            Self::Tract => "tract",
+        }
+    }
 }
 
 /// Where embeddings are scored: `embedder.scoring`.
@@ -281,9 +294,9 @@ pub fn open(model: &Model, options: &Options) -> Result<Opened, OpenError> {
                 reason.push_str(&refusals(&failed));
                 return Ok(Opened { embedders, backend, reason });
             }
-            Ok(_) => failed.push((name(*choice), "embedder.devices is empty".to_owned())),
+            Ok(_) => failed.push((choice.as_str(), "embedder.devices is empty".to_owned())),
             // Some libraries end their sentences with a line break.
-            Err(reason) => failed.push((name(*choice), reason.trim_end().to_owned())),
+            Err(reason) => failed.push((choice.as_str(), reason.trim_end().to_owned())),
         }
     }
     match failed.pop() {
@@ -303,16 +316,6 @@ fn refusals(failed: &[(&'static str, String)]) -> String {
         format!("; not {}: {}", names.join(", not "), group[0].1.trim_end_matches('.'))
     })
     .collect()
-}
-
-fn name(choice: BackendChoice) -> &'static str {
-    match choice {
-        BackendChoice::Auto => "auto",
-        BackendChoice::Cuda => "cuda",
-        BackendChoice::Tensorrt => "tensorrt",
-        BackendChoice::Onnxruntime => "onnxruntime",
-        BackendChoice::Tract => "tract",
-    }
 }
 
 type OpenedOne = (Vec<Box<dyn Embedder>>, String);

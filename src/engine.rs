@@ -7,9 +7,10 @@
 //! holds one batch: that is the prefetch, and all of it. Frames are parts of the buffer that the
 //! embedder reads ([`frames`]), so pixels are written once.
 
-pub mod batcher;
+mod batcher;
 pub mod executor;
 pub mod frames;
+pub mod policy;
 mod scoring;
 mod stats;
 
@@ -25,14 +26,14 @@ use tokio_util::sync::CancellationToken;
 use crate::classes::ClassVectors;
 use crate::embed::{Backend, ClassMemory, Embedder};
 use crate::error::{FatalError, ImageError};
-use crate::metrics::{Clock, Metrics};
+use crate::metrics::progress::Step;
+use crate::metrics::{Clock, CloseReason, Metrics};
 use crate::score::{ClassScore, Scorer};
 use crate::stopwatch::Stopwatch;
 use crate::trace::JobTrace;
-use crate::watchdog::Step;
-use batcher::{BatchPolicy, CloseReason};
 pub use frames::Frame;
 use frames::{Claim, Frames, Joined, Part, Sealed};
+use policy::BatchPolicy;
 pub use stats::EngineStats;
 
 /// What is wanted of one image.

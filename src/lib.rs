@@ -33,6 +33,7 @@ pub mod pace;
 pub mod page;
 pub mod pipeline;
 pub mod preprocess;
+pub mod readiness;
 pub mod retry;
 pub mod score;
 pub mod shutdown;

@@ -6,6 +6,7 @@
 //! docs/metrics.md says what each name means.
 
 mod families;
+pub mod progress;
 mod recent;
 mod window;
 
@@ -16,9 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 use prometheus::proto::MetricFamily;
 use prometheus::{Counter, Histogram, IntCounter, IntGauge, Registry};
 
-use crate::engine::batcher::CloseReason;
 use crate::error::{Failure, FailureCode, ImageError, ImageErrorCode};
-use crate::source::Settlement;
 use families::Families;
 pub use recent::{Recent, RecentError};
 pub use window::{Latency, Minute, Snapshot, Window};
@@ -68,21 +67,66 @@ impl Stage {
     }
 }
 
-/// How a delivery ended, as `angler_jobs_total` names it: its `outcome`, in the order of [`End`].
+/// Why a batch closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CloseReason {
+    /// It held as many images as a batch may.
+    Full,
+    /// The engine was idle and the oldest image had waited long enough.
+    Linger,
+    /// The engine was idle and no more images were to come.
+    Drain,
+}
+
+impl CloseReason {
+    /// All of them, in the order of their declaration.
+    pub const ALL: [Self; 3] = [Self::Full, Self::Linger, Self::Drain];
+
+    /// The reason as metrics name it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Linger => "linger",
+            Self::Drain => "drain",
+        }
+    }
+}
+
+/// How a delivery ended, as `angler_jobs_total` names it: its `outcome`, in the order of [`JobEnd`].
 pub const JOB_OUTCOMES: [&str; 6] =
     ["done", "failed", "dead_lettered", "retried", "requeued", "lost"];
 /// What became of an image, as `angler_images_total` names it.
 pub const IMAGE_OUTCOMES: [&str; 3] = ["labelled", "unknown", "failed"];
 
-/// An index into [`JOB_OUTCOMES`].
+/// How a delivery ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+pub enum JobEnd {
+    /// Its result is published.
     Done,
+    /// Its result is published, and says that the whole job failed.
     Failed,
-    DeadLettered,
+    /// The same, and it is kept among the dead letters, for this reason.
+    DeadLettered(FailureCode),
+    /// It is tried again later.
     Retried,
+    /// It went back as it came.
     Requeued,
+    /// It is gone with its connection.
     Lost,
+}
+
+impl JobEnd {
+    /// Its place in [`JOB_OUTCOMES`].
+    const fn place(self) -> usize {
+        match self {
+            Self::Done => 0,
+            Self::Failed => 1,
+            Self::DeadLettered(_) => 2,
+            Self::Retried => 3,
+            Self::Requeued => 4,
+            Self::Lost => 5,
+        }
+    }
 }
 
 /// An index into [`IMAGE_OUTCOMES`].
@@ -405,13 +449,6 @@ impl Metrics {
             fetched_bytes: self.fetched_bytes.get(),
         }
     }
-
-    fn ended(&self, end: End) -> &'static str {
-        if self.on {
-            count(&self.jobs, end as usize);
-        }
-        JOB_OUTCOMES[end as usize]
-    }
 }
 
 /// Time that goes by, if anything is recorded.
@@ -450,34 +487,21 @@ pub struct JobInFlight {
 }
 
 impl JobInFlight {
-    /// Its delivery was settled so; yields its outcome by name, one of [`JOB_OUTCOMES`].
-    pub fn settled(&self, settlement: &Settlement, failed: bool) -> &'static str {
+    /// Records how the delivery ended, and returns its name in [`JOB_OUTCOMES`].
+    pub fn ended(&self, end: JobEnd) -> &'static str {
         let metrics = &self.metrics;
-        let end = match settlement {
-            Settlement::Ack if failed => End::Failed,
-            Settlement::Ack => End::Done,
-            Settlement::DeadLetter(_) => End::DeadLettered,
-            Settlement::Retry { .. } => End::Retried,
-            Settlement::Requeue => End::Requeued,
-        };
-        let outcome = metrics.ended(end);
-        if !metrics.on {
-            return outcome;
+        if metrics.on {
+            count(&metrics.jobs, end.place());
+            match end {
+                JobEnd::DeadLettered(code) => count(&metrics.dead_letters, code as usize),
+                JobEnd::Retried => metrics.retries[0].inc(),
+                JobEnd::Done | JobEnd::Failed | JobEnd::Requeued | JobEnd::Lost => {}
+            }
+            if matches!(end, JobEnd::Done | JobEnd::Failed | JobEnd::DeadLettered(_)) {
+                metrics.job_seconds.observe(self.clock.spent().as_secs_f64());
+            }
         }
-        match settlement {
-            Settlement::DeadLetter(failure) => count(&metrics.dead_letters, failure.code as usize),
-            Settlement::Retry { .. } => metrics.retries[0].inc(),
-            Settlement::Ack | Settlement::Requeue => {}
-        }
-        if matches!(settlement, Settlement::Ack | Settlement::DeadLetter(_)) {
-            metrics.job_seconds.observe(self.clock.spent().as_secs_f64());
-        }
-        outcome
-    }
-
-    /// Its delivery is gone with its connection; yields its outcome by name.
-    pub fn lost(&self) -> &'static str {
-        self.metrics.ended(End::Lost)
+        JOB_OUTCOMES[end.place()]
     }
 }
 

@@ -17,12 +17,12 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::engine::{Engine, Frame, Scored, SubmitError, Want};
 use crate::error::{ImageError, ImageErrorCode};
+use crate::metrics::progress::Step;
 use crate::metrics::{Clock, Metrics, Stage};
 use crate::outage::Outage;
 use crate::preprocess::{Decoded, PixelLimits, PixelSpec, decode_for};
 use crate::stopwatch::Stopwatch;
 use crate::store::{ByteBudget, Fetched, ImageStore};
-use crate::watchdog::Step;
 pub use slots::Slot;
 use slots::Slots;
 

@@ -17,9 +17,7 @@ use opentelemetry::trace::{
 };
 use opentelemetry::{Context, KeyValue};
 
-use crate::embed::Backend;
-use crate::engine::batcher::CloseReason;
-use crate::source::Delivery;
+use crate::metrics::CloseReason;
 
 /// Makes spans.
 pub struct Traces {
@@ -34,37 +32,32 @@ impl Traces {
 
     /// A job was received. A `traceparent` that cannot be read begins a trace, as W3C Trace Context
     /// demands (<https://www.w3.org/TR/trace-context/#a-traceparent-is-received>).
-    pub fn job(self: &Arc<Self>, delivery: &Delivery) -> JobTrace {
-        let Delivery { job, attempt, suspect, queue, reply, .. } = delivery;
-        let (id, run) = match job {
-            Ok(job) => (&job.id, &job.run),
-            Err(unworkable) => (&unworkable.id, &unworkable.run),
-        };
+    pub fn job(self: &Arc<Self>, facts: &JobFacts<'_>) -> JobTrace {
+        let queue = facts.queue;
         let mut attributes = vec![
             KeyValue::new("messaging.system", "rabbitmq"),
             KeyValue::new("messaging.operation.type", "process"),
             KeyValue::new("messaging.operation.name", "process"),
-            KeyValue::new("messaging.destination.name", queue.clone()),
-            KeyValue::new("messaging.message.id", id.clone()),
-            KeyValue::new("angler.job.attempt", i64::from(*attempt)),
-            KeyValue::new("angler.job.suspect", *suspect),
+            KeyValue::new("messaging.destination.name", queue.to_owned()),
+            KeyValue::new("messaging.message.id", facts.id.to_owned()),
+            KeyValue::new("angler.job.attempt", i64::from(facts.attempt)),
+            KeyValue::new("angler.job.suspect", facts.suspect),
         ];
-        if let Some(correlation_id) = &reply.correlation_id {
-            let id = correlation_id.clone();
-            attributes.push(KeyValue::new("messaging.message.conversation_id", id));
+        if let Some(id) = facts.correlation_id {
+            attributes.push(KeyValue::new("messaging.message.conversation_id", id.to_owned()));
         }
-        if let Some(run) = run {
-            attributes.push(KeyValue::new("angler.run.id", run.shown()));
+        if let Some(run) = facts.run {
+            attributes.push(KeyValue::new("angler.run.id", run.to_owned()));
         }
-        if let Ok(job) = job {
-            attributes.push(KeyValue::new("angler.job.images", count(job.images.len())));
+        if let Some(images) = facts.images {
+            attributes.push(KeyValue::new("angler.job.images", count(images)));
         }
         let builder = self
             .tracer
             .span_builder(format!("process {queue}"))
             .with_kind(SpanKind::Consumer)
             .with_attributes(attributes);
-        let parent = match reply.traceparent.as_deref().and_then(parent) {
+        let parent = match facts.traceparent.and_then(parent) {
             Some(parent) => Context::new().with_remote_span_context(parent),
             None => Context::new(),
         };
@@ -87,6 +80,27 @@ impl Traces {
         let parent = Context::new().with_remote_span_context(of.clone());
         self.tracer.build_with_context(builder.with_attributes(attributes), &parent)
     }
+}
+
+/// What is known of a job when it is received.
+#[derive(Debug, Clone, Copy)]
+pub struct JobFacts<'a> {
+    /// Its id.
+    pub id: &'a str,
+    /// Its run, if it belongs to one.
+    pub run: Option<&'a str>,
+    /// The queue that it came from.
+    pub queue: &'a str,
+    /// Which attempt this is, from 1.
+    pub attempt: u32,
+    /// Whether it is a suspect.
+    pub suspect: bool,
+    /// The producer's own correlation id.
+    pub correlation_id: Option<&'a str>,
+    /// How many images it has; `None` if the message is not a job.
+    pub images: Option<usize>,
+    /// Its producer's W3C trace context.
+    pub traceparent: Option<&'a str>,
 }
 
 /// The span that a `traceparent` names, `00-<32 hex>-<16 hex>-<2 hex>` in lower case; of a later
@@ -187,8 +201,8 @@ pub struct BatchFacts {
     pub images: usize,
     /// Why it closed; none: another embedder left it.
     pub closed: Option<CloseReason>,
-    /// What executes it.
-    pub backend: Backend,
+    /// What executes it, as results name it.
+    pub backend: &'static str,
     /// The number of the session.
     pub session: usize,
 }
@@ -210,7 +224,7 @@ impl BatchTrace {
         let mut attributes = vec![
             KeyValue::new("angler.batch.images", count(facts.images)),
             KeyValue::new("angler.batch.jobs", count(distinct.len())),
-            KeyValue::new("angler.backend", facts.backend.as_str()),
+            KeyValue::new("angler.backend", facts.backend),
             KeyValue::new("angler.session", count(facts.session)),
         ];
         if let Some(reason) = facts.closed {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use angler::embed::{Backend, EmbedError, Embedder};
-use angler::engine::batcher::BatchPolicy;
+use angler::engine::policy::BatchPolicy;
 use angler::engine::{Engine, OnFailure, Scored, SubmitError, Want};
 use angler::score::Scorer;
 use futures_util::future::join_all;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use angler::classes::ClassVectors;
 use angler::embed::Scoring;
-use angler::engine::batcher::BatchPolicy;
+use angler::engine::policy::BatchPolicy;
 use angler::engine::{Engine, Want};
 use angler::model::Model;
 use anyhow::{Context, Result, bail};

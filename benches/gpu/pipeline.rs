@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use angler::embed::Scoring;
-use angler::engine::batcher::{BatchPolicy, CloseReason};
+use angler::engine::policy::BatchPolicy;
 use angler::engine::{Engine, Want};
 use angler::error::{ImageError, ImageErrorCode};
+use angler::metrics::CloseReason;
 use angler::pipeline::{ImageLimits, Pipeline};
 use angler::preprocess::decode_for;
 use angler::store::{ByteBudget, Fetched, ImageStore};

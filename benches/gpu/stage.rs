@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use angler::classes::unit::normalise;
 use angler::classes::vectors::{Precision, Vectors};
 use angler::classes::{ClassVectors, Contents};
 use angler::embed::{self, BackendChoice, Embedder, Opened, Scoring};
 use angler::model::Model;
 use angler::preprocess::{PixelLimits, preprocess};
-use angler::score::{Scorer, normalise};
+use angler::score::Scorer;
 use anyhow::{Context, Result, anyhow, ensure};
 use ndarray::{Array2, Array4, ArrayView4, Axis};
 use tempfile::TempDir;

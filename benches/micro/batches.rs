@@ -10,7 +10,7 @@ use std::time::Duration;
 use angler::classes::{ClassVectors, Contents};
 use angler::embed::Embedder;
 use angler::embed::fake::FakeEmbedder;
-use angler::engine::batcher::BatchPolicy;
+use angler::engine::policy::BatchPolicy;
 use angler::engine::{Engine, Want};
 use angler::score::Scorer;
 use divan::Bencher;

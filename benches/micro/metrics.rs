@@ -4,9 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use angler::engine::batcher::CloseReason;
-use angler::metrics::{Metrics, Stage};
-use angler::source::Settlement;
+use angler::metrics::{CloseReason, JobEnd, Metrics, Stage};
 use divan::Bencher;
 use divan::counter::ItemsCount;
 
@@ -46,6 +44,6 @@ fn job(bencher: Bencher<'_, '_>, images: usize, metrics: Arc<Metrics>) {
         let clock = metrics.clock();
         metrics.result(1_000);
         metrics.step_of(Stage::Publish, clock.spent(), images);
-        job.settled(&Settlement::Ack, false);
+        job.ended(JobEnd::Done);
     });
 }

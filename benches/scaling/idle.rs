@@ -10,10 +10,10 @@ use std::time::Instant;
 
 use angler::app::App;
 use angler::classes::ClassVectors;
+use angler::classes::unit::normalise;
 use angler::embed;
 use angler::model::Model;
 use angler::preprocess::{PixelLimits, preprocess};
-use angler::score::normalise;
 use angler::store::{ByteBudget, ImageStore};
 use anyhow::{Context, Result};
 use ndarray::ArrayView4;

@@ -18,10 +18,10 @@ use tokio_util::sync::CancellationToken;
 use self::watch::Watch;
 use super::have::Added;
 use super::journal::{Journal, JournalError};
-use super::queues::{IdQueues, RunQueues};
 use super::reconnect::{self, Failed, Reconnect};
 use super::result::{RunResult, line_of};
 use crate::amqp::ask::{answer, is_missing, look};
+use crate::amqp::run_queues::{IdQueues, RunQueues};
 use crate::amqp::turn::{Turn, TurnError};
 use crate::amqp::{AmqpError, AmqpOptions, short};
 

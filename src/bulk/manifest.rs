@@ -12,15 +12,15 @@ use super::spool::Spool;
 use crate::job::ImageRef;
 
 /// How a list is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// A URI a line; empty lines and those that begin with # are left out
+    /// A URI a line; empty lines and those that begin with # are left out.
     Text,
-    /// With a header, a column `uri` and perhaps one `id`; other columns are left out
+    /// With a header, a column `uri` and perhaps one `id`; other columns are left out.
     Csv,
-    /// A URI or an object with `uri` and perhaps `id` a line, as `angler classify` writes it
+    /// A URI or an object with `uri` and perhaps `id` a line, as `angler classify` writes it.
     Jsonl,
-    /// With a column `uri` of strings and perhaps one `id`; other columns are left out
+    /// With a column `uri` of strings and perhaps one `id`; other columns are left out.
     Parquet,
 }
 

@@ -19,8 +19,8 @@ use lapin::{BasicProperties, Channel, Confirmation, Connection};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
-use super::queues::{IdQueues, RunQueues, declare, kept};
 use crate::amqp::ask::{answer, is_missing, is_unserved, look_at};
+use crate::amqp::run_queues::{IdQueues, RunQueues, declare, kept};
 use crate::amqp::turn::{Turn, TurnError};
 use crate::amqp::{AmqpError, short};
 

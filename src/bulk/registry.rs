@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use super::mark::{self, Mark, MarkError};
-use super::queues::{IdQueues, base, declare, kept};
 use crate::amqp::ask::{answer, look_at};
 use crate::amqp::pass::{Pass, PassError};
+use crate::amqp::run_queues::{IdQueues, base, declare, kept};
 use crate::amqp::{AmqpError, AmqpOptions, close, connect, put, short};
 
 /// The most runs that are listed; the oldest are forgotten.

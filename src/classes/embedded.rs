@@ -10,7 +10,7 @@ use ndarray::{Array1, Array2};
 
 use super::medoids::{MAX_IMAGES, medoids, subsample};
 use super::vectors::{Precision, Vectors};
-use crate::score::normalise;
+use crate::classes::unit::normalise;
 
 /// A reference image and its class.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

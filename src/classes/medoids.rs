@@ -109,7 +109,7 @@ fn central(distances: &Array2<f32>, group: &[usize]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::score::normalise;
+    use crate::classes::unit::normalise;
 
     /// Unit vectors in a plane, by their angles in degrees.
     fn angles(degrees: &[f32]) -> Array2<f32> {

@@ -8,7 +8,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1};
 
-use crate::score::{norm, normalise};
+use super::unit::{norm, normalise};
 
 /// How the values are stored, in files and in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]

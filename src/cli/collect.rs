@@ -18,6 +18,7 @@ use self::summary::Summary;
 use super::UsageError;
 use super::progress::{RunBar, bars};
 use super::tables::show;
+use crate::amqp::run_queues::{IdQueues, RunQueues, check_run};
 use crate::amqp::{AmqpOptions, close, connect};
 use crate::app::App;
 use crate::bulk::collector::{CollectError, Ended, Until, collect};
@@ -25,7 +26,6 @@ use crate::bulk::embeddings::ids_path;
 use crate::bulk::have::Added;
 use crate::bulk::journal::{Journal, JournalError};
 use crate::bulk::mark::{self, Mark};
-use crate::bulk::queues::{IdQueues, RunQueues, check_run};
 use crate::error::FailureCode;
 use crate::shutdown;
 

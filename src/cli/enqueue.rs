@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::json;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -16,16 +16,40 @@ use super::collect::files::Files;
 use super::collect::{Collecting, Limits};
 use super::progress::{RunBar, bars};
 use super::tables::show;
+use crate::amqp::run_queues::check_run;
 use crate::amqp::topology::Topology;
 use crate::app::App;
 use crate::bulk::enqueuer::{Plan, Step, Target, enqueue};
 use crate::bulk::manifest::Format;
-use crate::bulk::queues::check_run;
 use crate::bulk::spool::Images;
 use crate::classes::load::version_key;
 use crate::classes::publish::read_active;
 use crate::job::{ClassSelector, MAX_TOP_K};
 use crate::shutdown;
+
+/// How a list is written, as `--format` names it.
+#[derive(Clone, Copy, ValueEnum)]
+enum ListFormat {
+    /// A URI a line; empty lines and those that begin with # are left out
+    Text,
+    /// With a header, a column `uri` and perhaps one `id`; other columns are left out
+    Csv,
+    /// A URI or an object with `uri` and perhaps `id` a line, as `angler classify` writes it
+    Jsonl,
+    /// With a column `uri` of strings and perhaps one `id`; other columns are left out
+    Parquet,
+}
+
+impl From<ListFormat> for Format {
+    fn from(format: ListFormat) -> Self {
+        match format {
+            ListFormat::Text => Self::Text,
+            ListFormat::Csv => Self::Csv,
+            ListFormat::Jsonl => Self::Jsonl,
+            ListFormat::Parquet => Self::Parquet,
+        }
+    }
+}
 
 /// Send the images of an S3 prefix or of a list as the jobs of one run
 ///
@@ -69,7 +93,7 @@ pub struct Enqueue {
     exclude: Vec<String>,
     /// How the list is written [default: by its ending; text on standard input]
     #[arg(long, value_enum, value_name = "FORMAT")]
-    format: Option<Format>,
+    format: Option<ListFormat>,
     /// Send nothing while this many jobs wait in the queue
     #[arg(long, value_name = "JOBS", value_parser = clap::value_parser!(u64).range(1..))]
     max_queued: Option<u64>,

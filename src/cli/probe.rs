@@ -88,7 +88,8 @@ mod tests {
 
     use super::*;
     use crate::config::Settings;
-    use crate::health::{self, Readiness};
+    use crate::health;
+    use crate::readiness::Readiness;
 
     async fn probe(listen: &str, live: bool) -> Result<()> {
         let settings = Settings::load(None, &[("http.listen".to_owned(), listen.to_owned())]);

@@ -12,10 +12,10 @@ use super::collect::missing::{Backlog, backlog};
 use super::dead;
 use super::tables::{ROWS, end, show, table};
 use crate::amqp::ask::look_at;
+use crate::amqp::run_queues::{IdQueues, RunQueues, check_run, delete};
 use crate::amqp::{close, connect};
 use crate::app::App;
 use crate::bulk::mark::Mark;
-use crate::bulk::queues::{IdQueues, RunQueues, check_run, delete};
 use crate::bulk::registry::{self, Begun, State};
 
 /// The widest run and class set in a table.

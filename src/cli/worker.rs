@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use crate::app::{App, Daemon};
-use crate::health::{self, Readiness};
+use crate::health;
+use crate::readiness::Readiness;
 use crate::shutdown;
 
 /// Run the daemon: jobs from RabbitMQ, images from S3, results to RabbitMQ

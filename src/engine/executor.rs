@@ -14,15 +14,16 @@ use std::time::{Instant, SystemTime};
 use ndarray::{Array2, ArrayView4, Axis};
 use tokio::sync::{mpsc, watch};
 
-use super::batcher::CloseReason;
 use super::{Batch, EngineStats, Image, OnFailure, Scored, SubmitError, Want, scoring};
 use crate::classes::ClassVectors;
+use crate::classes::unit::normalise;
 use crate::embed::{EmbedError, Embedder, Scores};
 use crate::error::{ImageError, ImageErrorCode};
+use crate::metrics::CloseReason;
 use crate::metrics::Stage;
-use crate::score::{ClassScore, Scorer, normalise};
+use crate::metrics::progress::Step;
+use crate::score::{ClassScore, Scorer};
 use crate::trace::{BatchFacts, BatchTrace};
-use crate::watchdog::Step;
 
 /// What a thread is given.
 pub(super) enum Work {
@@ -292,7 +293,7 @@ impl Executor {
     /// The batch's span, if a job in it is traced.
     fn begin_trace(&self, images: &[Image], closed: Option<CloseReason>) -> Option<BatchTrace> {
         let jobs = images.iter().filter_map(|image| image.want.trace.as_ref());
-        let backend = self.embedder.backend();
+        let backend = self.embedder.backend().as_str();
         let facts = BatchFacts { images: images.len(), closed, backend, session: self.lane };
         BatchTrace::begin(jobs, facts)
     }

@@ -6,9 +6,9 @@
 use std::sync::Arc;
 
 use super::{Image, Scored, SubmitError};
+use crate::classes::unit::normalise;
 use crate::embed::{Against, Scores};
 use crate::error::{ImageError, ImageErrorCode};
-use crate::score::normalise;
 
 /// What a whole batch can be scored against at once, if it can.
 pub(super) fn against(images: &[Image]) -> Option<Against<'_>> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::batcher::CloseReason;
+use crate::metrics::CloseReason;
 use crate::metrics::Metrics;
 
 /// Counts since the start.

@@ -32,7 +32,7 @@ impl Named {
 
 /// All metrics of a worker.
 pub(super) fn text(shown: &Shown) -> String {
-    let mut families = shown.readiness.metrics.gather();
+    let mut families = shown.readiness.metrics().gather();
     match looked_at(shown) {
         Ok(registry) => families.extend(registry.gather()),
         // Not reached: the names are constants.
@@ -71,15 +71,14 @@ fn looked_at(shown: &Shown) -> prometheus::Result<Registry> {
     }
     look.info("angler_build_info", "angler's version.", &[("version", env!("CARGO_PKG_VERSION"))])?;
     backend(shown, &look)?;
-    let sets = readiness.catalog.get().map(|catalog| catalog.status()).unwrap_or_default();
+    let sets = readiness.catalog().map(|catalog| catalog.status()).unwrap_or_default();
     classes(&sets, &mut locked(&shown.sets), &look)?;
     own(shown, &look)?;
     Ok(look.0)
 }
 
 fn backend(shown: &Shown, look: &Look) -> prometheus::Result<()> {
-    let (Some(pipeline), Some(about)) =
-        (shown.readiness.pipeline.get(), shown.readiness.about.get())
+    let (Some(pipeline), Some(about)) = (shown.readiness.pipeline(), shown.readiness.about())
     else {
         return Ok(()); // The model is not loaded yet.
     };
@@ -144,7 +143,7 @@ fn classes(sets: &[SetStatus], named: &mut Named, look: &Look) -> prometheus::Re
 
 /// The process itself, under the names that every exporter has for it.
 fn own(shown: &Shown, look: &Look) -> prometheus::Result<()> {
-    let started = unix(shown.readiness.metrics.started());
+    let started = unix(shown.readiness.metrics().started());
     let help = "When the process started, in Unix time.";
     look.gauge("process_start_time_seconds", help, started)?;
     if let Some(bytes) = process::resident_bytes() {

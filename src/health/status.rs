@@ -4,20 +4,20 @@ use std::time::{Instant, SystemTime};
 
 use serde_json::{Map, Value, json};
 
-use super::{Readiness, Shown, locked};
-use crate::engine::batcher::CloseReason;
-use crate::metrics::{IMAGE_OUTCOMES, JOB_OUTCOMES, Minute, Stage};
+use super::{Shown, locked};
+use crate::metrics::{CloseReason, IMAGE_OUTCOMES, JOB_OUTCOMES, Minute, Stage};
+use crate::readiness::Readiness;
 
 /// All of it.
 pub(super) fn of(shown: &Shown) -> Value {
     let readiness = &shown.readiness;
-    let metrics = &readiness.metrics;
-    let about = readiness.about.get();
+    let metrics = readiness.metrics();
+    let about = readiness.about();
     let missing = readiness.missing();
-    let classes = readiness.catalog.get().map(|catalog| catalog.status()).unwrap_or_default();
+    let classes = readiness.catalog().map(|catalog| catalog.status()).unwrap_or_default();
     let now = metrics.snapshot();
     let minute = locked(&shown.window).until(Instant::now(), &now);
-    let sessions = readiness.pipeline.get().map(|pipeline| pipeline.engine().sessions());
+    let sessions = readiness.pipeline().map(|pipeline| pipeline.engine().sessions());
     let batches: u64 = now.batches.iter().sum();
     let (images, jobs) = metrics.in_flight();
     let uptime = SystemTime::now().duration_since(metrics.started()).unwrap_or_default();
@@ -27,7 +27,7 @@ pub(super) fn of(shown: &Shown) -> Value {
         "version": env!("CARGO_PKG_VERSION"),
         "worker": about.map(|about| &about.worker),
         "queue": about.map(|about| &about.queue),
-        "brokers": &*locked(&readiness.brokers),
+        "brokers": readiness.brokers(),
         "model": about.map(|about| &about.model),
         "backend": backend(readiness),
         "started_at": humantime::format_rfc3339_millis(metrics.started()).to_string(),
@@ -47,7 +47,7 @@ pub(super) fn of(shown: &Shown) -> Value {
 
 /// What executes; null until the model is loaded.
 fn backend(readiness: &Readiness) -> Value {
-    let (Some(pipeline), Some(about)) = (readiness.pipeline.get(), readiness.about.get()) else {
+    let (Some(pipeline), Some(about)) = (readiness.pipeline(), readiness.about()) else {
         return Value::Null;
     };
     let engine = pipeline.engine();
@@ -57,7 +57,7 @@ fn backend(readiness: &Readiness) -> Value {
         "sessions": engine.sessions(),
         "scoring": if engine.class_memories().is_empty() { "host" } else { "graph" },
         "max_batch": about.max_batch,
-        "batch_limit": readiness.metrics.batch_limit(),
+        "batch_limit": readiness.metrics().batch_limit(),
     })
 }
 

@@ -41,7 +41,7 @@ fn what_is_recorded_counts_once_and_in_its_place() {
     metrics.image_failed("j", "s3://b/k", &ImageError::new(ImageErrorCode::TooLarge, "large"));
     let failure = Failure::new(FailureCode::RetriesExhausted, "no more");
     metrics.job_failed("j", &failure);
-    job.settled(&Settlement::DeadLetter(failure), true);
+    job.ended(JobEnd::DeadLettered(failure.code));
     drop((job, image));
     assert_eq!(metrics.in_flight(), (0, 0));
     metrics.limit_batches(32);
@@ -80,7 +80,7 @@ fn what_is_off_records_nothing() {
     let job = metrics.job();
     metrics.step_of(Stage::Embed, Duration::from_millis(3), 4);
     metrics.classified(true);
-    job.settled(&Settlement::Ack, false);
+    job.ended(JobEnd::Done);
     let snapshot = metrics.snapshot();
     assert_eq!((snapshot.images, snapshot.jobs), ([0; 3], [0; 6]));
     assert_eq!(metrics.clock().spent(), Duration::ZERO);

@@ -15,7 +15,7 @@ pub struct Snapshot {
     pub jobs: [u64; 6],
     /// In the order of [`IMAGE_OUTCOMES`](super::IMAGE_OUTCOMES).
     pub images: [u64; 3],
-    /// Batches in the order of [`CloseReason::ALL`](crate::engine::batcher::CloseReason::ALL).
+    /// Batches in the order of [`CloseReason::ALL`](crate::metrics::CloseReason::ALL).
     pub batches: [u64; 3],
     /// Images in them.
     pub batch_images: f64,

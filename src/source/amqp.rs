@@ -34,9 +34,9 @@ use crate::amqp::topology::Topology;
 use crate::amqp::turn::TurnError;
 use crate::amqp::{AmqpError, AmqpOptions, Backoff, close, put};
 use crate::error::FatalError;
-use crate::health::Readiness;
 use crate::job::JobLimits;
 use crate::pace::{Pace, Rule};
+use crate::readiness::Readiness;
 
 /// What giving back or moving messages may take when the broker does not answer: what is left
 /// comes back with the end of the connection.

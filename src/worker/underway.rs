@@ -1,10 +1,12 @@
 //! A job that is underway, as others see it: a number of the metrics, a span, fields of log lines.
 
+use std::sync::Arc;
+
 use super::Core;
 use crate::job::Run;
-use crate::metrics::JobInFlight;
+use crate::metrics::{JobEnd, JobInFlight};
 use crate::source::{Delivery, Settlement};
-use crate::trace::{JobTrace, Step};
+use crate::trace::{JobFacts, JobTrace, Step, Traces};
 
 /// From a job's receipt to its settlement, however it ends.
 pub(super) struct Underway {
@@ -22,11 +24,25 @@ impl Underway {
             Ok(job) => (&job.id, &job.run),
             Err(unworkable) => (&unworkable.id, &unworkable.run),
         };
+        let Delivery { job, attempt, suspect, queue, reply, .. } = delivery;
+        let run = run.as_ref().map(Run::shown);
+        let trace = |traces: &Arc<Traces>| {
+            traces.job(&JobFacts {
+                id,
+                run: run.as_deref(),
+                queue,
+                attempt: *attempt,
+                suspect: *suspect,
+                correlation_id: reply.correlation_id.as_deref(),
+                images: job.as_ref().ok().map(|job| job.images.len()),
+                traceparent: reply.traceparent.as_deref(),
+            })
+        };
         Self {
             id: id.clone(),
-            run: run.as_ref().map(Run::shown),
             in_flight: core.metrics().job(),
-            trace: core.options.traces.as_ref().map(|traces| traces.job(delivery)),
+            trace: core.options.traces.as_ref().map(trace),
+            run,
         }
     }
 
@@ -60,13 +76,21 @@ impl Underway {
     }
 
     /// Its delivery was settled so.
+    ///
+    /// * `failed`: whether its result says that the whole job failed.
     pub fn settled(&self, settlement: &Settlement, failed: bool) {
-        self.end(self.in_flight.settled(settlement, failed));
+        self.end(self.in_flight.ended(match settlement {
+            Settlement::Ack if failed => JobEnd::Failed,
+            Settlement::Ack => JobEnd::Done,
+            Settlement::DeadLetter(failure) => JobEnd::DeadLettered(failure.code),
+            Settlement::Retry { .. } => JobEnd::Retried,
+            Settlement::Requeue => JobEnd::Requeued,
+        }));
     }
 
     /// Its delivery is gone with its connection.
     pub fn lost(&self) {
-        self.end(self.in_flight.lost());
+        self.end(self.in_flight.ended(JobEnd::Lost));
     }
 
     fn end(&self, outcome: &'static str) {

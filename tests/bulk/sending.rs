@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::process::Stdio;
 
+use angler::amqp::run_queues::IdQueues;
 use angler::amqp::{AmqpOptions, connect};
 use angler::bulk::mark;
-use angler::bulk::queues::IdQueues;
 use lapin::options::{BasicGetOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use angler::embed::{Backend, EmbedError};
-use angler::engine::batcher::BatchPolicy;
+use angler::engine::policy::BatchPolicy;
 use angler::engine::{Engine, Scored, SubmitError, Want};
 use angler::score::Scorer;
 use futures_util::future::join_all;

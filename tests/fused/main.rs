@@ -15,12 +15,13 @@ mod parity;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use angler::classes::unit::normalise;
 use angler::classes::vectors::{Precision, Vectors};
 use angler::classes::{ClassVectors, Contents};
 use angler::embed::onnxruntime::CudaOptions;
 use angler::embed::{self, Against, BackendChoice, Embedder, Scores, Scoring};
 use angler::model::Model;
-use angler::score::{ClassScore, normalise};
+use angler::score::ClassScore;
 use ndarray::{Array2, Array4, ArrayView4};
 use support::{repository, var};
 

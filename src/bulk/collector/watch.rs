@@ -12,8 +12,8 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::super::mark;
-use super::super::queues::RunQueues;
 use crate::amqp::ask::answer;
+use crate::amqp::run_queues::RunQueues;
 use crate::amqp::{AmqpError, AmqpOptions, Backoff, close, connect};
 
 /// How often the broker is asked.

@@ -23,8 +23,8 @@ use super::stage::{SET, Set, Stage};
 use crate::amqp::connect;
 use crate::amqp::publisher::{Published, Publisher};
 use crate::app::Daemon;
-use crate::health::Readiness;
 use crate::job::{ClassSelector, ImageRef, JOB_TYPE, Job, JobResult, Outcome, Verdict};
+use crate::readiness::Readiness;
 
 /// Jobs that are sent at once.
 const SENDING: usize = 32;

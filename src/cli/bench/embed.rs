@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use clap::ValueEnum;
 use ndarray::{Array4, s};
 
 use super::figures::{Sample, Samples};
@@ -46,12 +45,12 @@ pub(super) async fn measure(
                     samples.add((backend, batch), sample);
                 }
             }
-            Err(reason) => skip(skipped, name(*choice), reason),
+            Err(reason) => skip(skipped, choice.as_str().to_owned(), reason),
         }
     }
     if stage.app.settings.embedder.backend == BackendChoice::Auto {
         let reason = "it builds its engine for minutes; --backend tensorrt measures it".to_owned();
-        skip(skipped, name(BackendChoice::Tensorrt), reason);
+        skip(skipped, BackendChoice::Tensorrt.as_str().to_owned(), reason);
     }
     Ok(())
 }
@@ -67,10 +66,6 @@ fn choices(asked: BackendChoice) -> &'static [BackendChoice] {
         Onnxruntime => &[Onnxruntime],
         Tract => &[Tract],
     }
-}
-
-fn name(choice: BackendChoice) -> String {
-    choice.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
 /// The reason alone; the advice around it is for who named the back end.

@@ -16,11 +16,11 @@ use super::photos::Photos;
 use super::plan::Plan;
 use super::remote::Remote;
 use crate::app::App;
+use crate::classes::unit::normalise;
 use crate::classes::vectors::{Precision, Vectors};
 use crate::classes::{ClassVectors, Contents};
 use crate::model::Model;
 use crate::preprocess::{PixelLimits, preprocess};
-use crate::score::normalise;
 
 /// The class set of the measurements.
 pub(super) const SET: (&str, &str) = ("bench", "1");

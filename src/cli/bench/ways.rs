@@ -14,10 +14,11 @@ use super::meter::Meter;
 use super::score::TOP_K;
 use super::stage::{Stage, blocking};
 use crate::classes::ClassVectors;
+use crate::classes::unit::normalise;
 use crate::embed::{self, Against, EmbedError, Embedder, Scoring};
 use crate::model::Model;
 use crate::preprocess::{PixelLimits, PixelSpec, preprocess};
-use crate::score::{Scorer, normalise};
+use crate::score::Scorer;
 
 /// How images become labels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]

@@ -12,9 +12,9 @@ use serde::Deserialize;
 
 use super::npy::NpyRows;
 use crate::bulk::embeddings::id_of;
+use crate::classes::unit::normalise;
 use crate::error::ImageError;
 use crate::job::decode_embedding;
-use crate::score::normalise;
 
 /// Embeddings that are scored together.
 pub(super) const BATCH: usize = 256;

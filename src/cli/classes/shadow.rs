@@ -9,9 +9,9 @@ use serde::Serialize;
 use tokio::time::Instant;
 
 use crate::app::App;
-use crate::classes::shadow::ShadowReport;
 use crate::cli::UsageError;
 use crate::cli::tables::{address, given, number, percent, show, table};
+use crate::control::shadow::ShadowReport;
 use crate::control::{Answer, Request};
 use crate::words::plural;
 

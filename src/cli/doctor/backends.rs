@@ -10,10 +10,10 @@ use ndarray::{Array4, ArrayView1};
 use super::report::Check;
 use super::{devices, within_time};
 use crate::app::App;
+use crate::classes::unit::norm;
 use crate::config::Settings;
 use crate::embed::{self, Backend, BackendChoice, OpenError, onnxruntime};
 use crate::model::Model;
-use crate::score::norm;
 
 use BackendChoice::{Auto, Cuda, Onnxruntime, Tensorrt, Tract};
 
@@ -167,7 +167,7 @@ fn told(
     tried: &Result<Works, String>,
     gpus: usize,
 ) -> Check {
-    let name = name(choice);
+    let name = choice.as_str();
     let reason = match tried {
         Ok(Works { backend, library, .. }) => {
             let from = library.as_ref().map(|path| format!(", {}", path.display()));
@@ -220,13 +220,13 @@ fn taken(settings: &Settings, tried: &[Tried], gpus: usize) -> Check {
     let works = tried[from..until].iter().find_map(|(_, tried)| tried.as_ref().ok());
     match works {
         Some(works) => {
-            Check::ok(setting, format!("{}: a worker runs on {}", name(asked), works.backend))
+            Check::ok(setting, format!("{}: a worker runs on {}", asked.as_str(), works.backend))
         }
         None => {
             let first = if asked == Auto { Onnxruntime } else { asked };
             Check::problem(
                 setting,
-                format!("{}: a worker has nothing to run the model on", name(asked)),
+                format!("{}: a worker has nothing to run the model on", asked.as_str()),
                 remedy(settings, first, gpus),
             )
         }
@@ -252,11 +252,6 @@ fn agreement(tried: &[Tried]) -> Vec<Check> {
         )
     });
     compared.collect()
-}
-
-fn name(choice: BackendChoice) -> String {
-    let value = clap::ValueEnum::to_possible_value(&choice);
-    value.map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
 #[cfg(test)]

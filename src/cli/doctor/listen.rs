@@ -72,7 +72,8 @@ mod tests {
 
     use super::super::report::State;
     use super::*;
-    use crate::health::{Readiness, serve};
+    use crate::health::serve;
+    use crate::readiness::Readiness;
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_worker_that_listens_is_told_from_another_program_that_does() {

@@ -24,7 +24,7 @@ impl Enqueue {
             return self.local(spool).await;
         }
         let uri = S3Uri::parse(&self.source).map_err(UsageError)?;
-        match self.format.or_else(|| Format::of(&uri.key)) {
+        match self.format.map(Format::from).or_else(|| Format::of(&uri.key)) {
             Some(format) => self.list_in_s3(app, &uri, format, spool).await,
             None => self.prefix(app, &uri, spool).await,
         }
@@ -32,7 +32,7 @@ impl Enqueue {
 
     async fn local(&self, mut spool: Spool) -> Result<Images> {
         self.no_globs()?;
-        let (source, given) = (self.source.clone(), self.format);
+        let (source, given) = (self.source.clone(), self.format.map(Format::from));
         let reading = tokio::task::spawn_blocking(move || {
             if source == "-" {
                 let format = given.unwrap_or(Format::Text);

@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use super::queues::RunQueues;
+use super::run_queues::RunQueues;
 use crate::amqp::publisher::Publisher;
 use crate::job::Run;
 use crate::source::Cancellations;

@@ -5,7 +5,7 @@
 //!
 //! * `<base>.run.<id>@<nonce>`: the results until they are collected; the jobs name it as `reply_to`.
 //! * `<base>.run.<id>@<nonce>.cancelled`: empty. The run is cancelled if the queue exists.
-//! * `<base>.run.<id>@mark`: the run's [`mark`](super::mark), where anyone who has the id finds the nonce.
+//! * `<base>.run.<id>@mark`: the run's mark, where anyone who has the id finds the nonce.
 //! * `<base>.run.<id>@reader`, `@sender` and `@collector`: [turns](crate::amqp::turn).
 //!
 //! The base is the first jobs queue without `.jobs`, whichever queue the run's jobs go to.
@@ -41,7 +41,7 @@ pub fn check_run(id: &str) -> Result<(), String> {
 }
 
 /// What a fleet's other queues are named after: its first jobs queue.
-pub(super) fn base(jobs: &str) -> &str {
+pub(crate) fn base(jobs: &str) -> &str {
     jobs.strip_suffix(".jobs").unwrap_or(jobs)
 }
 
@@ -131,7 +131,7 @@ impl RunQueues {
     }
 
     /// Asks the same without a deadline: a broker that blocks publishers does not answer.
-    pub(super) async fn ask_cancelled(&self, channel: &Channel) -> Result<bool, lapin::Error> {
+    pub(crate) async fn ask_cancelled(&self, channel: &Channel) -> Result<bool, lapin::Error> {
         let mandatory = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let queue = short(&self.cancelled);
         let sent = channel.basic_publish("".into(), queue, mandatory, &[], question()).await?;
@@ -161,7 +161,7 @@ pub async fn delete(connection: &Connection, names: &[&str]) -> Result<(), AmqpE
     answer(channel.close(200, "done".into())).await
 }
 
-pub(super) async fn declare(
+pub(crate) async fn declare(
     channel: &Channel,
     name: &str,
     arguments: FieldTable,
@@ -172,7 +172,7 @@ pub(super) async fn declare(
 }
 
 /// Arguments of a queue that loses nothing when a node does.
-pub(super) fn kept() -> FieldTable {
+pub(crate) fn kept() -> FieldTable {
     let mut arguments = FieldTable::default();
     put(&mut arguments, "x-queue-type", "quorum");
     // Written out: from 4.0 on there is a limit of 20 unless another is declared, and a message is
