@@ -28,9 +28,6 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use angler::classes::file::FORMAT;
-use angler::classes::load::version_key;
-use angler::model::Model;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use half::f16;
@@ -38,6 +35,10 @@ use half::slice::HalfFloatSliceExt;
 use ndarray::ArrayViewMut1;
 use serde_json::json;
 use support::{Broker, Bucket, Setup, files, repository};
+
+use angler_core::class_sets::load::version_key;
+use angler_inference::model::Model;
+use angler_vectors::file::FORMAT;
 
 const MODEL: &str = "tests/data/models/tiny-512";
 const SMALL: usize = 1_000;
@@ -210,7 +211,7 @@ fn write_set(path: &Path, rows: usize, dim: usize, model: &str) -> Result<()> {
     for _ in 0..rows {
         row.fill_with(|| random.f32() - 0.5);
         ensure!(
-            angler::classes::unit::normalise(ArrayViewMut1::from(&mut row[..])),
+            angler_vectors::unit::normalise(ArrayViewMut1::from(&mut row[..])),
             "a row was zero"
         );
         halves.convert_from_f32_slice(&row);

@@ -22,15 +22,16 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use angler::classes::unit::normalise;
-use angler::classes::vectors::{Precision, Vectors};
-use angler::classes::{ClassVectors, Contents};
-use angler::score::Scorer;
 use anyhow::{Context, Result};
 use clap::Parser;
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, s};
 use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
+
+use angler_vectors::rows::{Precision, Vectors};
+use angler_vectors::score::Scorer;
+use angler_vectors::unit::normalise;
+use angler_vectors::{ClassVectors, Contents};
 
 /// Images in a batch: the default of `embedder.max_batch`.
 const BATCH: usize = 32;

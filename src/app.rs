@@ -9,35 +9,38 @@ use anyhow::{Context, Result};
 use tokio::sync::OnceCell;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::amqp::AmqpOptions;
-use crate::amqp::address::{addresses, shown};
-use crate::amqp::cancelled::CancelledRuns;
-use crate::amqp::control::{ControlClient, ControlListener};
-use crate::amqp::dead::{DeadError, DeadLetters};
-use crate::amqp::losses::Losses;
-use crate::amqp::publisher::Publisher;
-use crate::classes::catalog::Catalog;
-use crate::classes::shadow::Shadow;
+use angler_amqp::AmqpOptions;
+use angler_amqp::address::{addresses, shown};
+use angler_amqp::cancelled::CancelledRuns;
+use angler_amqp::control::{ControlClient, ControlListener};
+use angler_amqp::dead::{DeadError, DeadLetters};
+use angler_amqp::losses::Losses;
+use angler_amqp::publisher::Publisher;
+use angler_amqp::sink::AmqpSink;
+use angler_amqp::source::AmqpSource;
+use angler_core::class_sets::catalog::Catalog;
+use angler_core::class_sets::shadow::Shadow;
+use angler_core::outage_detector::Outage;
+use angler_core::pipeline::Pipeline;
+use angler_core::readiness::{About, Readiness};
+use angler_core::sink::ResultSink;
+use angler_core::source::JobSource;
+use angler_core::source::lanes::Lanes;
+use angler_core::store::shared::SharedImages;
+use angler_core::store::{ImageStore, ObjectStore, Routed};
+use angler_core::watchdog;
+use angler_core::worker;
+use angler_core::worker::{Worker, WorkerOptions};
+use angler_inference::embed;
+use angler_inference::engine::Engine;
+use angler_inference::model::Model;
+use angler_metrics::Metrics;
+use angler_storage::local::{LocalImages, LocalObjects};
+use angler_storage::s3::{Clients, S3Images, S3Objects, S3Uri};
+
+use crate::builtin_model;
 use crate::config::{Lane, Settings};
-use crate::embed;
-use crate::engine::Engine;
-use crate::metrics::Metrics;
-use crate::model::Model;
-use crate::outage::Outage;
-use crate::pipeline::Pipeline;
-use crate::readiness::{About, Readiness};
-use crate::sink::ResultSink;
-use crate::sink::amqp::AmqpSink;
-use crate::source::JobSource;
-use crate::source::amqp::AmqpSource;
-use crate::source::lanes::Lanes;
-use crate::store::local::{LocalImages, LocalObjects};
-use crate::store::s3::{Clients, S3Images, S3Objects, S3Uri};
-use crate::store::shared::SharedImages;
-use crate::store::{ImageStore, ObjectStore, Routed};
 use crate::telemetry::otlp::{Identity, Otlp};
-use crate::watchdog;
-use crate::worker::{self, Worker, WorkerOptions};
 
 /// The parts that every command is put together from.
 pub struct App {
@@ -103,7 +106,7 @@ impl App {
     /// # Errors
     /// What is wrong with it.
     pub fn model(&self) -> Result<Model> {
-        Ok(Model::load(&self.settings.model.path)?)
+        Ok(builtin_model::load(&self.settings.model.path)?)
     }
 
     /// Opens the back end, warms it and starts the engine; says in one log line what runs and why.

@@ -12,23 +12,24 @@ use std::time::Duration;
 use config::{Config, Environment, File, FileFormat};
 use serde::Deserialize;
 
-pub use self::lanes::{Lane, Lanes};
-pub use self::secrets::{hidden, redacted};
-pub use self::urls::Urls;
+pub use crate::config::lanes::{Lane, Lanes};
+pub use crate::config::secrets::{hidden, redacted};
+pub use crate::config::urls::Urls;
 
-use crate::amqp::AmqpOptions;
-use crate::amqp::address::addresses;
-use crate::amqp::topology::Topology;
-use crate::classes::catalog::CatalogOptions;
-use crate::embed::onnxruntime::{ConvSearch, CudaOptions};
-use crate::embed::{self, BackendChoice, Scoring};
-use crate::engine::OnFailure;
-use crate::engine::policy::BatchPolicy;
-use crate::job::{ClassSelector, JobLimits};
-use crate::pipeline::ImageLimits;
-use crate::retry::RetrySchedule;
-use crate::score::Scorer;
-use crate::store::s3::S3Options;
+use angler_amqp::AmqpOptions;
+use angler_amqp::address::addresses;
+use angler_amqp::topology::Topology;
+use angler_core::class_sets::catalog::CatalogOptions;
+use angler_core::pipeline::ImageLimits;
+use angler_core::retry::RetrySchedule;
+use angler_inference::embed;
+use angler_inference::embed::onnxruntime::{ConvSearch, CudaOptions};
+use angler_inference::embed::{BackendChoice, Scoring};
+use angler_inference::engine::OnFailure;
+use angler_inference::engine::policy::BatchPolicy;
+use angler_storage::s3::S3Options;
+use angler_vectors::score::Scorer;
+use angler_wire::job::{ClassSelector, JobLimits};
 
 /// The documented defaults.
 pub const DEFAULTS: &str = include_str!("config.default.toml");

@@ -14,5 +14,5 @@ fn main() -> ExitCode {
             std::env::set_var(NO_TELEMETRY, "1");
         }
     }
-    angler::cli::main(angler::cli::parse())
+    angler::commands::main(angler::commands::parse())
 }

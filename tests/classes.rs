@@ -631,7 +631,7 @@ fn a_matrix_is_rescored_row_by_row_under_its_ids() {
     let repeated: Vec<&Value> = kept.iter().cycle().take(700).collect();
     let values: Vec<f64> = repeated
         .iter()
-        .flat_map(|row| angler::job::decode_embedding(text(row, "embedding")).unwrap())
+        .flat_map(|row| angler_wire::job::decode_embedding(text(row, "embedding")).unwrap())
         .map(|x| f64::from(x) * 3.0)
         .collect();
     let matrix = Array2::from_shape_vec((700, DIM), values).unwrap();

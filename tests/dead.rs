@@ -7,14 +7,15 @@ mod support;
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
-use angler::amqp::AmqpOptions;
-use angler::amqp::pass::Pass;
 use lapin::BasicProperties;
 use lapin::message::Delivery;
 use lapin::options::{BasicGetOptions, BasicNackOptions, BasicPublishOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};
 use support::{Broker, Bucket, Client, Received, Setup, eventually, fashion_classes, files};
+
+use angler_amqp::AmqpOptions;
+use angler_amqp::queue_scan::Pass;
 
 struct World {
     broker: Broker,

@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use angler::embed::{Backend, EmbedError, Embedder};
-use angler::engine::policy::BatchPolicy;
-use angler::engine::{Engine, OnFailure, Scored, SubmitError, Want};
-use angler::score::Scorer;
 use futures_util::future::join_all;
 use ndarray::{Array2, ArrayView4};
+
+use angler_inference::embed::{Backend, EmbedError, Embedder};
+use angler_inference::engine::policy::BatchPolicy;
+use angler_inference::engine::{Engine, OnFailure, Scored, SubmitError, Want};
+use angler_vectors::score::Scorer;
 
 /// What a device did.
 #[derive(Default)]

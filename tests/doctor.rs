@@ -5,12 +5,13 @@
 
 mod support;
 
-use angler::classes::{Contents, file};
 use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use ndarray::array;
 use serde_json::{Value, json};
 use support::{Broker, Bucket, Setup, eventually, repository, tiny};
+
+use angler_vectors::{Contents, file};
 
 /// A virtual host, and a bucket with a class set that is active, of a model that costs nothing.
 struct World {

@@ -10,7 +10,6 @@ use std::fs::File;
 use std::io::{Cursor, Write};
 use std::process::{Command, Stdio};
 
-use angler::classes::load::version_key;
 use image::codecs::gif::{GifEncoder, Repeat};
 use image::codecs::jpeg::JpegEncoder;
 use image::{Frame, RgbImage, RgbaImage};
@@ -18,6 +17,8 @@ use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, LongString};
 use serde_json::{Value, json};
 use support::{Broker, Bucket, Setup, Worker, eventually, tiny};
+
+use angler_core::class_sets::load::version_key;
 
 struct World {
     broker: Broker,

@@ -10,14 +10,16 @@ mod support;
 
 use std::path::{Path, PathBuf};
 
-use angler::embed::{self, Backend, BackendChoice, Embedder};
-use angler::model::Model;
-use angler::preprocess::{PixelLimits, PixelSpec, decode, preprocess};
 use ndarray::{Array2, Array4, Axis};
 use prost::Message;
 use serde::Deserialize;
 use support::{Setup, files, repository, var};
 use tract_onnx::pb;
+
+use angler_inference::embed;
+use angler_inference::embed::{Backend, BackendChoice, Embedder};
+use angler_inference::model::Model;
+use angler_pixels::{PixelLimits, PixelSpec, decode, preprocess};
 
 const DEFAULT: &str = "models/efficientnet-lite0";
 const INT8: &str = "models/efficientnet-lite0-int8";
@@ -384,7 +386,7 @@ fn fingerprints_are_stable() {
     // Class vectors that users keep carry it: a change here makes them all unusable. Computed apart
     // from angler, as the format is documented in src/model.rs.
     assert_eq!(load(&tiny("tiny-nhwc")).fingerprint, "tiny-nhwc@b9f0436ae619");
-    let built_in = Model::load("builtin").unwrap();
+    let built_in = angler::builtin_model::load("builtin").unwrap();
     let folder = load(DEFAULT);
     assert_eq!(built_in.fingerprint, folder.fingerprint);
     assert_eq!((built_in.dim, built_in.graph), (folder.dim, folder.graph));

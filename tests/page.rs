@@ -6,13 +6,14 @@ mod support;
 
 use std::path::Path;
 
-use angler::page::{
+use support::browser::{Seen, look};
+use support::files;
+
+use angler_pixels::{PixelLimits, decode};
+use angler_report::{
     Align, Card, Cell, Page, Series, THUMBNAIL_SIDE, Tone, confusion, gallery, histogram, note,
     paragraph, table, thumbnail, write,
 };
-use angler::preprocess::{PixelLimits, decode};
-use support::browser::{Seen, look};
-use support::files;
 
 /// A name that wants to be markup, to run, to end what it stands in, to be decoded twice, and to turn
 /// what follows. The image comes first: an end tag would swallow it.

@@ -5,10 +5,11 @@
 
 use std::path::{Path, PathBuf};
 
-use angler::error::ImageErrorCode;
-use angler::preprocess::{Filter, PixelLimits, PixelSpec, Resize, decode, preprocess};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+
+use angler_pixels::{Filter, PixelLimits, PixelSpec, Resize, decode, preprocess};
+use angler_wire::error::ImageErrorCode;
 
 const LIMITS: PixelLimits = PixelLimits { max_pixels: 50_000_000 };
 

@@ -15,31 +15,33 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use angler::amqp::AmqpOptions;
-use angler::amqp::control::ControlListener;
-use angler::amqp::losses::Losses;
-use angler::amqp::publisher::Publisher;
-use angler::amqp::topology::Topology;
-use angler::classes::catalog::Catalog;
-use angler::classes::{ClassVectors, Contents};
-use angler::embed::fake::FakeEmbedder;
-use angler::embed::{Backend, EmbedError, Embedder};
-use angler::engine::Engine;
-use angler::engine::policy::BatchPolicy;
-use angler::job::JobLimits;
-use angler::pipeline::{ImageLimits, Pipeline};
-use angler::preprocess::{Filter, PixelSpec, Resize};
-use angler::readiness::Readiness;
-use angler::retry::RetrySchedule;
-use angler::score::Scorer;
-use angler::sink::amqp::AmqpSink;
-use angler::source::amqp::AmqpSource;
-use angler::store::s3::{self, S3Images, S3Options};
-use angler::worker::{Worker, WorkerOptions};
 use ndarray::{Array2, ArrayView4, array};
 use serde_json::json;
 use support::{Broker, Bucket, eventually, var};
 use tokio_util::sync::CancellationToken;
+
+use angler_amqp::AmqpOptions;
+use angler_amqp::control::ControlListener;
+use angler_amqp::losses::Losses;
+use angler_amqp::publisher::Publisher;
+use angler_amqp::sink::AmqpSink;
+use angler_amqp::source::AmqpSource;
+use angler_amqp::topology::Topology;
+use angler_core::class_sets::catalog::Catalog;
+use angler_core::pipeline::{ImageLimits, Pipeline};
+use angler_core::readiness::Readiness;
+use angler_core::retry::RetrySchedule;
+use angler_core::worker::{Worker, WorkerOptions};
+use angler_inference::embed::fake::FakeEmbedder;
+use angler_inference::embed::{Backend, EmbedError, Embedder};
+use angler_inference::engine::Engine;
+use angler_inference::engine::policy::BatchPolicy;
+use angler_pixels::{Filter, PixelSpec, Resize};
+use angler_storage::s3;
+use angler_storage::s3::{S3Images, S3Options};
+use angler_vectors::score::Scorer;
+use angler_vectors::{ClassVectors, Contents};
+use angler_wire::job::JobLimits;
 
 /// The red value on which the back end aborts.
 const DEADLY: u8 = 66;
@@ -203,7 +205,7 @@ async fn of_ten_jobs_in_flight_the_one_that_kills_workers_ends_as_a_dead_letter_
     let deadly = bucket.put("deadly.png", png([DEADLY, 0, 0])).await;
     let mut workers = Supervised { broker: broker.url.clone(), child: None, deaths: vec![] };
     // The jobs are there before the first worker, so that all are in flight together.
-    let connection = angler::amqp::connect(&options(&broker.url), "test").await.unwrap();
+    let connection = angler_amqp::connect(&options(&broker.url), "test").await.unwrap();
     topology().declare(&connection).await.unwrap();
     let client = broker.connect().await;
     let mut results = client.consume("angler.results").await;

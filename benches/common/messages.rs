@@ -1,7 +1,10 @@
 //! Jobs and results as they are on the wire.
 
-use angler::job::{Classified, ImageEntry, JobResult, LabelScore, Outcome, Provenance, Verdict};
 use serde_json::json;
+
+use angler_wire::job::{
+    Classified, ImageEntry, JobResult, LabelScore, Outcome, Provenance, Verdict,
+};
 
 /// The message body of a job.
 pub fn job<'a>(id: &str, classes: &str, uris: impl IntoIterator<Item = &'a str>) -> Vec<u8> {

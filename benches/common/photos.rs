@@ -4,10 +4,11 @@
 
 use std::path::PathBuf;
 
-use angler::preprocess::{PixelLimits, decode};
 use anyhow::{Context, Result};
 use image::RgbImage;
 use image::imageops::{self, FilterType};
+
+use angler_pixels::{PixelLimits, decode};
 
 /// Decoded sample photos.
 pub struct Photos(Vec<RgbImage>);

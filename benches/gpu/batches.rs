@@ -1,10 +1,11 @@
 //! Images a second by the size of a batch, beside the bare session ([`crate::child`]): pixels that lie
 //! in the host's memory become embeddings there, or labels.
 
-use angler::embed::{Against, Scoring};
-use angler::model::Model;
 use anyhow::{Context, Result};
 use ndarray::s;
+
+use angler_inference::embed::{Against, Scoring};
+use angler_inference::model::Model;
 
 use crate::child::Bare;
 use crate::figures::{in_turns, number, rate};

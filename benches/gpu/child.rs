@@ -11,8 +11,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use angler::embed::BackendChoice;
-use angler::model::{Model, PIXELS_INPUT};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use ort::ep::ArenaExtendStrategy;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
@@ -20,6 +18,9 @@ use ort::session::Session;
 use ort::session::builder::SessionBuilder;
 use ort::value::Tensor;
 use serde::{Deserialize, Serialize};
+
+use angler_inference::embed::BackendChoice;
+use angler_inference::model::{Model, PIXELS_INPUT};
 
 use crate::stage::{Stage, nvidia_smi};
 

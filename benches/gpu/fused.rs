@@ -1,9 +1,10 @@
 //! Scoring in the graph against scoring on the host, by the size of the set: a batch's time from
 //! pixels in memory to labels.
 
-use angler::embed::{Against, Scoring};
 use anyhow::{Context, Result, anyhow};
 use ndarray::s;
+
+use angler_inference::embed::{Against, Scoring};
 
 use crate::figures::{in_turns, number, rate};
 use crate::report::{Holds, Report, wanted};

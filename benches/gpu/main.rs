@@ -34,9 +34,10 @@ mod ways;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use angler::embed::BackendChoice;
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
+
+use angler_inference::embed::BackendChoice;
 
 use crate::report::Report;
 use crate::stage::Stage;
@@ -45,7 +46,7 @@ use crate::stage::Stage;
 #[derive(Parser)]
 pub struct Options {
     /// What executes: cuda, tensorrt, onnxruntime (the CPU), tract
-    #[arg(long, default_value = "cuda")]
+    #[arg(long, default_value = "cuda", value_parser = backend)]
     backend: BackendChoice,
     /// ONNX Runtime's library [default: where angler looks for it]
     #[arg(long)]
@@ -114,6 +115,11 @@ impl Section {
     fn name(self) -> String {
         self.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default()
     }
+}
+
+/// A back end by its name in settings.
+fn backend(name: &str) -> Result<BackendChoice, serde_json::Error> {
+    serde_json::from_value(name.into())
 }
 
 fn main() -> Result<ExitCode> {

@@ -6,14 +6,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use angler::classes::ClassVectors;
-use angler::embed::Scoring;
-use angler::engine::policy::BatchPolicy;
-use angler::engine::{Engine, Want};
-use angler::model::Model;
 use anyhow::{Context, Result, bail};
 use futures_util::stream::{self, StreamExt};
 use ndarray::Axis;
+
+use angler_inference::embed::Scoring;
+use angler_inference::engine::policy::BatchPolicy;
+use angler_inference::engine::{Engine, Want};
+use angler_inference::model::Model;
+use angler_vectors::ClassVectors;
 
 use crate::child::Ballast;
 use crate::report::{Holds, Report};

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use angler::classes::ClassVectors;
-use angler::embed::{Against, Embedder, Scores, Scoring};
-use angler::model::Model;
-use angler::score::ClassScore;
 use anyhow::{Context, Result};
 use ndarray::{Array1, Array2, Array4, ArrayView1, Axis};
+
+use angler_inference::embed::{Against, Embedder, Scores, Scoring};
+use angler_inference::model::Model;
+use angler_vectors::ClassVectors;
+use angler_vectors::score::ClassScore;
 
 use crate::figures::percent;
 use crate::report::{Holds, Report, wanted};

@@ -7,16 +7,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use angler::embed::Scoring;
-use angler::engine::policy::BatchPolicy;
-use angler::engine::{Engine, Want};
-use angler::error::{ImageError, ImageErrorCode};
-use angler::metrics::CloseReason;
-use angler::pipeline::{ImageLimits, Pipeline};
-use angler::preprocess::decode_for;
-use angler::store::{ByteBudget, Fetched, ImageStore};
 use anyhow::{Result, ensure};
 use bytes::Bytes;
+
+use angler_core::pipeline::{ImageLimits, Pipeline};
+use angler_core::store::{ByteBudget, Fetched, ImageStore};
+use angler_inference::embed::Scoring;
+use angler_inference::engine::policy::BatchPolicy;
+use angler_inference::engine::{Engine, Want};
+use angler_metrics::CloseReason;
+use angler_pixels::decode_for;
+use angler_wire::error::{ImageError, ImageErrorCode};
 
 use crate::child::Bare;
 use crate::figures::{number, percent};

@@ -5,7 +5,6 @@
 
 use std::path::Path;
 
-use angler::model::Model;
 use anyhow::{Context, Result};
 use prost::Message;
 use tract_onnx::pb::attribute_proto::AttributeType;
@@ -15,6 +14,8 @@ use tract_onnx::pb::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
     TensorShapeProto, TypeProto, ValueInfoProto, type_proto,
 };
+
+use angler_inference::model::Model;
 
 /// What the last pool yields.
 const FEATURES: usize = 2048;

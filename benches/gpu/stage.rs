@@ -4,17 +4,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use angler::classes::unit::normalise;
-use angler::classes::vectors::{Precision, Vectors};
-use angler::classes::{ClassVectors, Contents};
-use angler::embed::{self, BackendChoice, Embedder, Opened, Scoring};
-use angler::model::Model;
-use angler::preprocess::{PixelLimits, preprocess};
-use angler::score::Scorer;
 use anyhow::{Context, Result, anyhow, ensure};
 use ndarray::{Array2, Array4, ArrayView4, Axis};
 use tempfile::TempDir;
 use walkdir::WalkDir;
+
+use angler_inference::embed;
+use angler_inference::embed::{BackendChoice, Embedder, Opened, Scoring};
+use angler_inference::model::Model;
+use angler_pixels::{PixelLimits, preprocess};
+use angler_vectors::rows::{Precision, Vectors};
+use angler_vectors::score::Scorer;
+use angler_vectors::unit::normalise;
+use angler_vectors::{ClassVectors, Contents};
 
 use crate::{Options, resnet};
 

@@ -10,15 +10,16 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use angler::classes::ClassVectors;
-use angler::embed::Scoring;
-use angler::engine::policy::BatchPolicy;
-use angler::engine::{Engine, Want};
-use angler::model::Model;
-use angler::score::ClassScore;
 use anyhow::{Result, bail, ensure};
 use ndarray::{Array4, Axis};
 use tokio_util::sync::CancellationToken;
+
+use angler_inference::embed::Scoring;
+use angler_inference::engine::policy::BatchPolicy;
+use angler_inference::engine::{Engine, Want};
+use angler_inference::model::Model;
+use angler_vectors::ClassVectors;
+use angler_vectors::score::ClassScore;
 
 use crate::figures::{median, number};
 use crate::report::{Holds, Report, wanted};

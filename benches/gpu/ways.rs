@@ -1,10 +1,11 @@
 //! Three ways from pixels in memory to labels, nothing at the same time: one image after the other;
 //! in batches, with the cosine on the host; in batches, with the cosine in the model's graph.
 
-use angler::embed::{Against, Embedder, Scoring};
-use angler::model::Model;
 use anyhow::{Context, Result, anyhow};
 use ndarray::{ArrayView4, Axis};
+
+use angler_inference::embed::{Against, Embedder, Scoring};
+use angler_inference::model::Model;
 
 use crate::figures::{in_turns, number, rate};
 use crate::report::{Holds, Report, wanted};

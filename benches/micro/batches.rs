@@ -7,17 +7,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use angler::classes::{ClassVectors, Contents};
-use angler::embed::Embedder;
-use angler::embed::fake::FakeEmbedder;
-use angler::engine::policy::BatchPolicy;
-use angler::engine::{Engine, Want};
-use angler::score::Scorer;
 use divan::Bencher;
 use divan::counter::ItemsCount;
 use futures_util::future::join_all;
 use ndarray::Array2;
 use tokio::runtime::Runtime;
+
+use angler_inference::embed::Embedder;
+use angler_inference::embed::fake::FakeEmbedder;
+use angler_inference::engine::policy::BatchPolicy;
+use angler_inference::engine::{Engine, Want};
+use angler_vectors::score::Scorer;
+use angler_vectors::{ClassVectors, Contents};
 
 const IMAGES: usize = 256;
 const DIM: usize = 512;

@@ -6,10 +6,11 @@
 
 use std::fmt;
 
-use angler::preprocess::{Filter, PixelLimits, PixelSpec, Resize, decode, preprocess};
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use image::ImageFormat;
+
+use angler_pixels::{Filter, PixelLimits, PixelSpec, Resize, decode, preprocess};
 
 use crate::photos::{Photos, encoded, jpeg};
 

@@ -1,8 +1,9 @@
 //! Jobs read as `source/amqp.rs` reads them, results written as `sink/amqp.rs` writes them.
 
-use angler::job::{Job, JobLimits};
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
+
+use angler_wire::job::{Job, JobLimits};
 
 use crate::wire;
 

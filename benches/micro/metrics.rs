@@ -4,9 +4,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use angler::metrics::{CloseReason, JobEnd, Metrics, Stage};
 use divan::Bencher;
 use divan::counter::ItemsCount;
+
+use angler_metrics::{CloseReason, JobEnd, Metrics, Stage};
 
 const BATCH: usize = 32;
 

@@ -4,8 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use angler::amqp::publisher::Publisher;
-use angler::store::{ByteBudget, ImageStore};
 use anyhow::Result;
 use futures_util::StreamExt;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
@@ -14,6 +12,9 @@ use lapin::{BasicProperties, Connection};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
+
+use angler_amqp::publisher::Publisher;
+use angler_core::store::{ByteBudget, ImageStore};
 
 use crate::load::{Load, Rate};
 use crate::statistics::busy_seconds;
@@ -92,7 +93,7 @@ impl Echo {
     async fn start(world: &World, images: usize) -> Result<Self> {
         let (settings, topology) = (world.app(&[])?.settings, world.topology()?);
         let options = settings.amqp_options("bench");
-        let connection = angler::amqp::connect(&options, "bench jobs").await?;
+        let connection = angler_amqp::connect(&options, "bench jobs").await?;
         let channel = connection.create_channel().await?;
         channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
         let (queue, by_hand) = (topology.jobs.as_str().into(), BasicConsumeOptions::default());

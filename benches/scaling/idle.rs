@@ -8,16 +8,17 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use angler::app::App;
-use angler::classes::ClassVectors;
-use angler::classes::unit::normalise;
-use angler::embed;
-use angler::model::Model;
-use angler::preprocess::{PixelLimits, preprocess};
-use angler::store::{ByteBudget, ImageStore};
 use anyhow::{Context, Result};
 use ndarray::ArrayView4;
 use serde_json::{Value, json};
+
+use angler::app::App;
+use angler_core::store::{ByteBudget, ImageStore};
+use angler_inference::embed;
+use angler_inference::model::Model;
+use angler_pixels::{PixelLimits, preprocess};
+use angler_vectors::ClassVectors;
+use angler_vectors::unit::normalise;
 
 use crate::Options;
 use crate::load::Load;
@@ -33,7 +34,7 @@ type Times = [Vec<f64>; PARTS.len()];
 pub async fn measure(world: &World, options: &Options) -> Result<Value> {
     let app = world.app(&[])?;
     let model = app.model()?;
-    let selector = angler::job::ClassSelector::parse(CLASSES).map_err(anyhow::Error::msg)?;
+    let selector = angler_wire::job::ClassSelector::parse(CLASSES).map_err(anyhow::Error::msg)?;
     let classes = app.catalog(&model).await?.resolve(&selector).await;
     let classes = classes.map_err(|e| anyhow::anyhow!("{CLASSES}: {e}"))?;
     let mut times: Times = Default::default();

@@ -5,7 +5,6 @@
 
 use std::time::{Duration, Instant};
 
-use angler::amqp::publisher::{Published, Publisher};
 use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
 use lapin::options::{BasicConsumeOptions, QueueDeclareOptions};
@@ -14,6 +13,8 @@ use lapin::{Connection, Consumer};
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+
+use angler_amqp::publisher::{Published, Publisher};
 
 use crate::Options;
 use crate::load::{Load, Rate, properties};
@@ -112,7 +113,7 @@ impl<'w> Quick<'w> {
     async fn new(world: &'w World) -> Result<Self> {
         let settings = world.app(&[("amqp.jobs_queue", LANES)])?.settings;
         let options = settings.amqp_options("bench quick");
-        let connection = angler::amqp::connect(&options, "bench quick").await?;
+        let connection = angler_amqp::connect(&options, "bench quick").await?;
         let channel = connection.create_channel().await?;
         let own = QueueDeclareOptions { exclusive: true, ..Default::default() };
         let queue = channel.queue_declare("".into(), own, FieldTable::default()).await?;

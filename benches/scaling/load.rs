@@ -8,8 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use angler::amqp::publisher::Publisher;
-use angler::job::JOB_TYPE;
 use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
 use lapin::options::BasicConsumeOptions;
@@ -21,6 +19,9 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
+
+use angler_amqp::publisher::Publisher;
+use angler_wire::job::JOB_TYPE;
 
 use crate::statistics::{busy_seconds, cpu_seconds, milliseconds};
 use crate::support::DEADLINE;
@@ -69,7 +70,7 @@ impl<'w> Load<'w> {
     pub async fn new(world: &'w World) -> Result<Self> {
         let (settings, topology) = (world.app(&[])?.settings, world.topology()?);
         let options = settings.amqp_options("bench");
-        let connection = angler::amqp::connect(&options, "bench results").await?;
+        let connection = angler_amqp::connect(&options, "bench results").await?;
         let channel = connection.create_channel().await?;
         let no_ack = BasicConsumeOptions { no_ack: true, ..Default::default() };
         let queue = topology.results.as_str().into();

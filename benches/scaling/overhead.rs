@@ -3,10 +3,11 @@
 
 use std::time::Instant;
 
-use angler::model::{BUILTIN, Model};
-use angler::preprocess::{PixelLimits, preprocess};
 use anyhow::Result;
 use serde_json::{Value, json};
+
+use angler::builtin_model::{self, BUILTIN};
+use angler_pixels::{PixelLimits, preprocess};
 
 use crate::Options;
 use crate::ceilings::{self, Store};
@@ -58,7 +59,7 @@ async fn null(world: &World, images: usize, prefetch: usize, options: &Options) 
 
 /// Core milliseconds of decoding one of the images.
 fn decode_ms(world: &World) -> Result<f64> {
-    let spec = Model::load(BUILTIN)?.pixels;
+    let spec = builtin_model::load(BUILTIN)?.pixels;
     let limits = PixelLimits { max_pixels: 50_000_000 };
     let mut times = Vec::new();
     for _ in 0..100 {

@@ -6,17 +6,18 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use angler::app::{App, Daemon};
-use angler::config::Settings;
-use angler::embed::Embedder;
-use angler::embed::fake::FakeEmbedder;
-use angler::engine::{Engine, OnFailure};
-use angler::metrics::Metrics;
 use anyhow::{Context, Result, ensure};
 use lapin::options::QueueDeclareOptions;
 use lapin::types::FieldTable;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
+
+use angler::app::{App, Daemon};
+use angler::config::Settings;
+use angler_inference::embed::Embedder;
+use angler_inference::embed::fake::FakeEmbedder;
+use angler_inference::engine::{Engine, OnFailure};
+use angler_metrics::Metrics;
 
 use crate::support::eventually;
 use crate::world::World;

@@ -2,15 +2,16 @@
 
 use std::path::Path;
 
-use angler::amqp::topology::Topology;
-use angler::app::App;
-use angler::classes::load::version_key;
-use angler::classes::{Contents, file};
-use angler::config::Settings;
-use angler::model::{BUILTIN, Model};
 use anyhow::{Context, Result};
 use lapin::Connection;
 use ndarray::Array2;
+
+use angler::app::App;
+use angler::builtin_model::{self, BUILTIN};
+use angler::config::Settings;
+use angler_amqp::topology::Topology;
+use angler_core::class_sets::load::version_key;
+use angler_vectors::{Contents, file};
 
 use crate::messages;
 use crate::photos::{Photos, jpeg_of};
@@ -63,7 +64,7 @@ impl World {
         let app = world.app(&[])?;
         // The queues, before the first worker is there.
         let options = app.settings.amqp_options("bench");
-        let connection = angler::amqp::connect(&options, "bench").await?;
+        let connection = angler_amqp::connect(&options, "bench").await?;
         world.topology()?.declare(&connection).await?;
         close(connection).await;
         Ok(world)
@@ -104,7 +105,7 @@ impl World {
 }
 
 fn write_classes(root: &Path) -> Result<()> {
-    let model = Model::load(BUILTIN)?;
+    let model = builtin_model::load(BUILTIN)?;
     let mut random = fastrand::Rng::with_seed(1);
     let vectors = Array2::from_shape_simple_fn((LABELS, model.dim), || random.f32() - 0.5);
     let labels = (0..LABELS).map(|n| format!("class-{n:06}")).collect();

@@ -10,7 +10,7 @@ use serde::de::{Deserializer, Error, SeqAccess, Visitor};
 pub struct Urls(String);
 
 impl Urls {
-    /// As [`addresses`](crate::amqp::address::addresses) reads them.
+    /// As [`addresses`](angler_amqp::address::addresses) reads them.
     pub fn as_str(&self) -> &str {
         &self.0
     }

@@ -26,9 +26,10 @@ use opentelemetry_sdk::trace::{
 };
 use tokio::runtime::Handle;
 
+use angler_metrics::trace::Traces;
+use angler_tls::COLLECTOR;
+
 use crate::config::{TelemetrySettings, redacted};
-use crate::tls::COLLECTOR;
-use crate::trace::Traces;
 
 /// One request's time, tries included. What is to be sent at the end of the process has as much.
 const DEADLINE: Duration = Duration::from_secs(3);

@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::process::Stdio;
 
-use angler::amqp::run_queues::IdQueues;
-use angler::amqp::{AmqpOptions, connect};
-use angler::bulk::mark;
 use lapin::options::{BasicGetOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};
+
+use angler_amqp::run_queues::IdQueues;
+use angler_amqp::{AmqpOptions, connect};
+use angler_runs::mark;
 
 use super::support::proxy::Proxy;
 use super::support::servers::Server;

@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use angler::source::{Delivery, JobSource, Settlement};
 use futures_util::future::join_all;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+
+use angler_core::source::{Delivery, JobSource, Settlement};
 
 use super::job_source::{Amqp, World, end, id, job, receive, receive_any};
 use super::soon;

@@ -1,9 +1,9 @@
 //! The list of `angler classify` as a source: the rules that hold for every source, without
 //! redelivery, since nobody else would take its jobs.
 
-use angler::job::{ClassSelector, Job, Run};
-use angler::source::folder::{FolderSource, IMAGES_PER_JOB};
-use angler::source::{JobSource, Settlement};
+use angler_core::source::folder::{FolderSource, IMAGES_PER_JOB};
+use angler_core::source::{JobSource, Settlement};
+use angler_wire::job::{ClassSelector, Job, Run};
 
 fn source(images: usize) -> FolderSource {
     let template = Job {

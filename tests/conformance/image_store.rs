@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use angler::error::{ImageErrorCode, StoreFault};
-use angler::store::local::LocalImages;
-use angler::store::s3::{S3Images, S3Options};
-use angler::store::shared::SharedImages;
-use angler::store::{ByteBudget, ImageStore, Routed};
 use tokio::task::JoinSet;
+
+use angler_core::store::shared::SharedImages;
+use angler_core::store::{ByteBudget, ImageStore, Routed};
+use angler_storage::local::LocalImages;
+use angler_storage::s3::{S3Images, S3Options};
+use angler_wire::error::{ImageErrorCode, StoreFault};
 
 use super::soon;
 use super::support::{Bucket, s3_client, unique, var};

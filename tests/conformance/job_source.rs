@@ -5,20 +5,21 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use angler::amqp::AmqpOptions;
-use angler::amqp::losses::Losses;
-use angler::amqp::publisher::{Published, Publisher};
-use angler::amqp::topology::Topology;
-use angler::error::{Failure, FailureCode};
-use angler::job::{Job, JobLimits};
-use angler::readiness::Readiness;
-use angler::source::amqp::AmqpSource;
-use angler::source::memory::MemoryQueue;
-use angler::source::{Delivery, JobSource, Reply, Settlement};
 use lapin::BasicProperties;
 use lapin::options::QueueDeclareOptions;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use serde_json::json;
+
+use angler_amqp::AmqpOptions;
+use angler_amqp::losses::Losses;
+use angler_amqp::publisher::{Published, Publisher};
+use angler_amqp::source::AmqpSource;
+use angler_amqp::topology::Topology;
+use angler_core::readiness::Readiness;
+use angler_core::source::memory::MemoryQueue;
+use angler_core::source::{Delivery, JobSource, Reply, Settlement};
+use angler_wire::error::{Failure, FailureCode};
+use angler_wire::job::{Job, JobLimits};
 
 use super::soon;
 use super::support::proxy::{Fault, Proxy};
@@ -92,7 +93,7 @@ impl Amqp {
         };
         let options = Self::options(&broker);
         // As a worker does it, so that producers find the queues.
-        let connection = angler::amqp::connect(&options, "test").await.unwrap();
+        let connection = angler_amqp::connect(&options, "test").await.unwrap();
         let mismatches = topology.declare(&connection).await.unwrap();
         assert!(mismatches.is_empty(), "{mismatches:?}");
         drop(connection); // which closes it

@@ -5,15 +5,16 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use angler::store::local::LocalObjects;
-use angler::store::s3::{S3Objects, S3Uri};
-use angler::store::{ETag, Got, Listed, ObjectError, ObjectStore, SMALL_OBJECT_BYTES};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
+
+use angler_core::store::{ETag, Got, Listed, ObjectError, ObjectStore, SMALL_OBJECT_BYTES};
+use angler_storage::local::LocalObjects;
+use angler_storage::s3::{S3Objects, S3Uri};
 
 use super::soon;
 use super::support::{Bucket, s3_client, s3_client_at, var};

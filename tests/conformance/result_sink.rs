@@ -3,19 +3,20 @@
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 
-use angler::error::{Failure, FailureCode, ImageError, ImageErrorCode};
-use angler::job::{
-    Classified, Embedding, ImageEntry, JobResult, LabelScore, Outcome, Provenance, Run, Verdict,
-};
-use angler::sink::ResultSink;
-use angler::sink::amqp::AmqpSink;
-use angler::sink::jsonl::JsonLinesSink;
-use angler::source::Reply;
 use lapin::options::{BasicPublishOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Confirmation};
 use serde_json::Value;
 use tokio::task::JoinSet;
+
+use angler_amqp::sink::AmqpSink;
+use angler_core::sink::ResultSink;
+use angler_core::sink::jsonl::JsonLinesSink;
+use angler_core::source::Reply;
+use angler_wire::error::{Failure, FailureCode, ImageError, ImageErrorCode};
+use angler_wire::job::{
+    Classified, Embedding, ImageEntry, JobResult, LabelScore, Outcome, Provenance, Run, Verdict,
+};
 
 use super::job_source::Amqp;
 use super::soon;

@@ -3,17 +3,18 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use angler::error::{ImageError, ImageErrorCode, StoreFault};
-use angler::store::s3::probe::{ConditionalWrite, Probe, Refusal};
-use angler::store::s3::{S3Images, S3Objects, S3Options, S3Uri};
-use angler::store::{
-    ByteBudget, ETag, Fetched, Got, ImageStore, ObjectError, ObjectStore, SMALL_OBJECT_BYTES,
-};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::task::AbortOnDropHandle;
+
+use angler_core::store::{
+    ByteBudget, ETag, Fetched, Got, ImageStore, ObjectError, ObjectStore, SMALL_OBJECT_BYTES,
+};
+use angler_storage::s3::probe::{ConditionalWrite, Probe, Refusal};
+use angler_storage::s3::{S3Images, S3Objects, S3Options, S3Uri};
+use angler_wire::error::{ImageError, ImageErrorCode, StoreFault};
 
 use super::image_store::nobody_holds;
 use super::soon;

@@ -4,13 +4,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use angler::error::ImageError;
-use angler::store::s3::{S3Images, S3Options};
-use angler::store::shared::SharedImages;
-use angler::store::{ByteBudget, Fetched, ImageStore};
 use async_trait::async_trait;
 use futures_util::future::join_all;
 use tokio::sync::Semaphore;
+
+use angler_core::store::shared::SharedImages;
+use angler_core::store::{ByteBudget, Fetched, ImageStore};
+use angler_storage::s3::{S3Images, S3Options};
+use angler_wire::error::ImageError;
 
 use super::soon;
 use super::support::proxy::Proxy;

@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::Duration;
 
-use angler::amqp::topology::Topology;
-use angler::control::REQUEST_TYPE;
-use angler::job::{JOB_TYPE, RESULT_TYPE};
 use serde_json::Value;
+
+use angler_amqp::topology::Topology;
+use angler_wire::control::REQUEST_TYPE;
+use angler_wire::job::{JOB_TYPE, RESULT_TYPE};
 
 use crate::support::{repository, var};
 
@@ -166,11 +167,11 @@ fn headers_are_those_that_the_code_writes_and_no_others() {
     // As string literals in the files that publish.
     let mut written = BTreeSet::new();
     for file in [
-        "src/amqp.rs",
-        "src/amqp/publisher.rs",
-        "src/amqp/sanitize.rs",
-        "src/sink/amqp.rs",
-        "src/source/amqp/settle.rs",
+        "crates/amqp/src/lib.rs",
+        "crates/amqp/src/publisher.rs",
+        "crates/amqp/src/sanitize.rs",
+        "crates/amqp/src/sink.rs",
+        "crates/amqp/src/source/settle.rs",
     ] {
         let source = std::fs::read_to_string(repository(file)).unwrap();
         let literals =

@@ -1,7 +1,8 @@
 //! `docs/schemas/control.v1.json` and what workers hear.
 
-use angler::control::{REQUEST_TYPE, Request};
 use serde_json::{Value, json};
+
+use angler_wire::control::{REQUEST_TYPE, Request};
 
 use crate::schema::{Schema, keys, mutants, names};
 

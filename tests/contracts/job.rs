@@ -1,10 +1,11 @@
 //! `docs/schemas/job.v1.json` and `Job`.
 
-use angler::error::FailureCode;
-use angler::job::{
+use serde_json::{Value, json};
+
+use angler_wire::error::FailureCode;
+use angler_wire::job::{
     ClassSelector, ImageRef, JOB_TYPE, Job, JobLimits, MAX_ID_CHARS, MAX_TOP_K, Run,
 };
-use serde_json::{Value, json};
 
 use crate::schema::{Schema, keys, mutants};
 

@@ -1,12 +1,13 @@
 //! `docs/schemas/result.v1.json` and `JobResult`.
 
-use angler::error::{Failure, FailureCode, ImageError, ImageErrorCode};
-use angler::job::{
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use angler_wire::error::{Failure, FailureCode, ImageError, ImageErrorCode};
+use angler_wire::job::{
     Classified, Embedding, ImageEntry, JobResult, LabelScore, MAX_ID_CHARS, MAX_TOP_K, Outcome,
     Provenance, RESULT_TYPE, Run, Verdict,
 };
-use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
 
 use crate::schema::{Schema, keys, mutants, names};
 use crate::support::{Broker, Bucket, Setup, repository, tiny};

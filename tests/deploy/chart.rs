@@ -3,8 +3,9 @@
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use angler::config::Settings;
 use serde_json::{Value, json};
+
+use angler::config::Settings;
 
 use crate::support::{repository, var};
 

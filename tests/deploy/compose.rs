@@ -2,9 +2,10 @@
 
 use std::process::Command;
 
+use serde_json::{Value, json};
+
 use angler::app::AFTER_DRAIN;
 use angler::config::Settings;
-use serde_json::{Value, json};
 
 use crate::support::{files, repository};
 use crate::{python_tool, said, text, yaml};

@@ -132,7 +132,14 @@ fn one_command_makes_a_package_with_all_that_belongs_to_it() {
 fn the_crate_packs_without_a_warning_and_fits_a_registry() {
     let folder = tempfile::tempdir().unwrap();
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["package", "--no-verify", "--allow-dirty", "--offline", "--target-dir"]);
+    cargo.args([
+        "package",
+        "--workspace",
+        "--no-verify",
+        "--allow-dirty",
+        "--offline",
+        "--target-dir",
+    ]);
     let (passed, output) = said(cargo.arg(folder.path()).current_dir(env!("CARGO_MANIFEST_DIR")));
     assert!(passed && !output.contains("warning"), "{output}");
     let name =

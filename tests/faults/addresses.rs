@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use angler::amqp::{AmqpOptions, connect};
 use serde_json::Value;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
+
+use angler_amqp::{AmqpOptions, connect};
 
 use crate::ledger::Ledger;
 use crate::support::proxy::{Fault, Proxy};

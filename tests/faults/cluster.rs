@@ -12,11 +12,12 @@ use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use angler::amqp::AmqpOptions;
-use angler::classes::load::version_key;
 use serde_json::Value;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
+
+use angler_amqp::AmqpOptions;
+use angler_core::class_sets::load::version_key;
 
 use self::load::{Outcomes, collect, produce};
 use self::nodes::{Cluster, NODES};

@@ -4,8 +4,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use angler::classes::load::version_key;
 use serde_json::{Value, json};
+
+use angler_core::class_sets::load::version_key;
 
 use crate::ledger::Ledger;
 use crate::support::servers::Server;

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use angler::amqp::publisher::{Published, Publisher};
-use angler::amqp::{AmqpOptions, topology::Topology};
 use lapin::BasicProperties;
 use lapin::options::QueueDeclareOptions;
 use lapin::types::{AMQPValue, FieldTable};
+
+use angler_amqp::AmqpOptions;
+use angler_amqp::publisher::{Published, Publisher};
+use angler_amqp::topology::Topology;
 
 use crate::ledger::Ledger;
 use crate::support::eventually;

@@ -1,8 +1,9 @@
 //! What each test has: a broker and a store, perhaps behind proxies; three small images; a model
 //! that costs nothing.
 
-use angler::classes::load::version_key;
 use serde_json::{Value, json};
+
+use angler_core::class_sets::load::version_key;
 
 use crate::support::{Broker, Bucket, Client, Setup, Worker, eventually, http_get, tiny, var};
 

@@ -4,11 +4,12 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use angler::embed::{Backend, EmbedError};
-use angler::engine::policy::BatchPolicy;
-use angler::engine::{Engine, Scored, SubmitError, Want};
-use angler::score::Scorer;
 use futures_util::future::join_all;
+
+use angler_inference::embed::{Backend, EmbedError};
+use angler_inference::engine::policy::BatchPolicy;
+use angler_inference::engine::{Engine, Scored, SubmitError, Want};
+use angler_vectors::score::Scorer;
 
 use super::*;
 

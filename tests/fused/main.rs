@@ -15,15 +15,17 @@ mod parity;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use angler::classes::unit::normalise;
-use angler::classes::vectors::{Precision, Vectors};
-use angler::classes::{ClassVectors, Contents};
-use angler::embed::onnxruntime::CudaOptions;
-use angler::embed::{self, Against, BackendChoice, Embedder, Scores, Scoring};
-use angler::model::Model;
-use angler::score::ClassScore;
 use ndarray::{Array2, Array4, ArrayView4};
 use support::{repository, var};
+
+use angler_inference::embed;
+use angler_inference::embed::onnxruntime::CudaOptions;
+use angler_inference::embed::{Against, BackendChoice, Embedder, Scores, Scoring};
+use angler_inference::model::Model;
+use angler_vectors::rows::{Precision, Vectors};
+use angler_vectors::score::ClassScore;
+use angler_vectors::unit::normalise;
+use angler_vectors::{ClassVectors, Contents};
 
 /// Memory for class vectors that no set here fills.
 const PLENTY: usize = 1 << 30;

@@ -1,12 +1,13 @@
 //! What is fed with bytes of anybody's making. Shared by `tests/fuzz` and the libFuzzer targets in
 //! `fuzz/`.
 
-use angler::amqp::sanitize::{Frames, rewrite};
-use angler::classes::active::Active;
-use angler::classes::file::{self, Reader};
-use angler::error::ImageErrorCode;
-use angler::job::{ClassSelector, Job, JobLimits, id_of_malformed};
-use angler::preprocess::{Filter, PixelLimits, PixelSpec, Resize};
+use angler_amqp::sanitize::{Frames, rewrite};
+use angler_pixels::{Filter, PixelLimits, PixelSpec, Resize};
+use angler_vectors::active::Active;
+use angler_vectors::file;
+use angler_vectors::file::Reader;
+use angler_wire::error::ImageErrorCode;
+use angler_wire::job::{ClassSelector, Job, JobLimits, id_of_malformed};
 
 /// The message of a job; what is no job still gets an id.
 pub fn job(bytes: &[u8]) {
@@ -42,7 +43,7 @@ pub fn preprocess(bytes: &[u8]) {
     let spec =
         PixelSpec { width: 8, height: 8, resize: Resize::ShorterSide(10), filter: Filter::Bicubic };
     let limits = PixelLimits { max_pixels: 100_000 };
-    match angler::preprocess::preprocess(bytes, &spec, limits) {
+    match angler_pixels::preprocess(bytes, &spec, limits) {
         Ok(pixels) => assert_eq!(pixels.data.len(), 8 * 8 * 3),
         // A decoder's panic, which is caught there, or our own mistake.
         Err(error) => assert_ne!(error.code, ImageErrorCode::Internal, "{error}"),

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use angler::source::JobSource;
-use angler::source::memory::MemoryQueue;
 use serde_json::json;
 use tokio::time::advance;
+
+use angler_core::source::JobSource;
+use angler_core::source::memory::MemoryQueue;
 
 use super::rig::*;
 

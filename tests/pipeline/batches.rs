@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use angler::classes::catalog::{Catalog, version_key};
-use angler::classes::{Contents, file};
-use angler::embed::fake::FakeEmbedder;
-use angler::job::Outcome;
-use angler::store::ObjectStore;
-use angler::store::local::LocalObjects;
 use serde_json::json;
+
+use angler_core::class_sets::catalog::{Catalog, version_key};
+use angler_core::store::ObjectStore;
+use angler_inference::embed::fake::FakeEmbedder;
+use angler_storage::local::LocalObjects;
+use angler_vectors::{Contents, file};
+use angler_wire::job::Outcome;
 
 use super::rig::*;
 
@@ -187,7 +188,7 @@ async fn one_bad_image_in_a_batch(embedder: FakeEmbedder, words: &str) {
     assert_eq!(verdicts(&bad), ["red", "internal", "green", "blue"]);
     assert!(message(&entries(&bad)[1]).contains(words), "{bad:?}");
     assert_eq!(verdicts(&run.result("good")), ["red", "green", "blue", "red"]);
-    assert!(run.settled().iter().all(|(_, how)| *how == angler::source::Settlement::Ack));
+    assert!(run.settled().iter().all(|(_, how)| *how == angler_core::source::Settlement::Ack));
 }
 
 #[tokio::test(start_paused = true)]

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use angler::error::ImageErrorCode;
-use angler::source::Settlement;
+use angler_core::source::Settlement;
+use angler_wire::error::ImageErrorCode;
 
 use super::rig::*;
 

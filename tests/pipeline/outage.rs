@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use angler::error::{ImageError, ImageErrorCode};
-use angler::outage::Outage;
-use angler::retry::RetrySchedule;
-use angler::source::Settlement;
 use tokio::time::sleep;
+
+use angler_core::outage_detector::Outage;
+use angler_core::retry::RetrySchedule;
+use angler_core::source::Settlement;
+use angler_wire::error::{ImageError, ImageErrorCode};
 
 use super::rig::*;
 

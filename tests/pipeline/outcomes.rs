@@ -3,18 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use angler::classes::catalog::{Catalog, version_key};
-use angler::classes::{Contents, file};
-use angler::error::{Failure, FailureCode};
-use angler::job::Job;
-use angler::retry::RetrySchedule;
-use angler::source::Settlement;
-use angler::source::folder::FolderSource;
-use angler::store::local::LocalObjects;
-use angler::store::{ETag, Got, Listed, Object, ObjectError, ObjectStore};
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde_json::json;
+
+use angler_core::class_sets::catalog::{Catalog, version_key};
+use angler_core::retry::RetrySchedule;
+use angler_core::source::Settlement;
+use angler_core::source::folder::FolderSource;
+use angler_core::store::{ETag, Got, Listed, Object, ObjectError, ObjectStore};
+use angler_storage::local::LocalObjects;
+use angler_vectors::{Contents, file};
+use angler_wire::error::{Failure, FailureCode};
+use angler_wire::job::Job;
 
 use super::rig::*;
 

@@ -3,11 +3,12 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use angler::embed::fake::FakeEmbedder;
-use angler::error::FatalError;
-use angler::source::{Delivery, JobSource, Settlement};
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
+
+use angler_core::source::{Delivery, JobSource, Settlement};
+use angler_inference::embed::fake::FakeEmbedder;
+use angler_wire::error::FatalError;
 
 use super::rig::*;
 

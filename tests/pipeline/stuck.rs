@@ -33,7 +33,7 @@ async fn while_results_are_not_accepted_jobs_are_given_back_and_then_all_are_don
 #[tokio::test(start_paused = true)]
 async fn a_store_that_is_away_meanwhile_changes_nothing() {
     let _clock = ticking();
-    let outage = std::sync::Arc::new(angler::outage::Outage::default());
+    let outage = std::sync::Arc::new(angler_core::outage_detector::Outage::default());
     let mut rig = Rig::default();
     rig.outage = Some(std::sync::Arc::clone(&outage));
     let mut run = rig.start();

@@ -2,9 +2,10 @@
 
 use std::io::Cursor;
 
-use angler::classes::{Contents, file};
-use angler::model::Model;
 use ndarray::array;
+
+use angler_inference::model::Model;
+use angler_vectors::{Contents, file};
 
 use super::Bucket;
 

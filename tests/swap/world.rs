@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::io::Cursor;
 
-use angler::model::Model;
 use image::{ImageFormat, Rgb, RgbImage};
 use lapin::BasicProperties;
 use lapin::options::BasicPublishOptions;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
+
+use angler_inference::model::Model;
 
 use crate::support::{
     self, Broker, Bucket, Client, Received, Results, Setup, Worker, eventually, http_get,

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use angler::amqp::{AmqpOptions, connect};
 use futures_util::StreamExt;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions,
@@ -14,6 +13,8 @@ use lapin::{BasicProperties, Channel, Confirmation, Connection};
 use serde_json::{Value, json};
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
+
+use angler_amqp::{AmqpOptions, connect};
 
 use crate::support::tiny;
 

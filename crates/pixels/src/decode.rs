@@ -1,0 +1,320 @@
+//! Decodes a file to 8-bit RGB, within limits.
+
+use std::error::Error as _;
+use std::io::Cursor;
+use std::panic::catch_unwind;
+
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageBuffer, ImageDecoder, ImageFormat, ImageReader, Pixel, RgbImage};
+
+use angler_wire::error::{ImageError, ImageErrorCode};
+
+use super::{PixelLimits, PixelSpec, container, jpeg, resize, sniff};
+
+/// The longest side that is taken, in pixels: what JPEG, GIF and BMP can say at most. A longer one
+/// would let a strip a pixel high, harmless by its area, ask for gigabytes of resampling weights.
+const MAX_SIDE: u32 = 65_535;
+
+/// What a decoder may allocate beyond the pixels: tables, metadata, a colour profile.
+pub(super) const METADATA_BYTES: u64 = 16 << 20;
+
+/// What decoding may take, in bytes for each pixel that the limit allows: two copies of 16-bit RGBA.
+/// A floating-point TIFF near the limit on pixels needs more, and is refused.
+const BYTES_A_PIXEL: u64 = 16;
+
+/// How much of a decoder's own words goes into a message, in characters.
+const REASON_CHARS: usize = 200;
+
+/// What the three values of a pixel are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Colours {
+    /// Red, green, blue.
+    Rgb,
+    /// As a JPEG has them; a few pixels are cheaper to convert than all of them.
+    YCbCr,
+}
+
+/// A decoded picture as the file stores it, and what turns it upright.
+pub(super) struct Stored {
+    /// 8 bits a value, shape [H, W, 3], at `eighths` eighths of the file's size, rounded up; less
+    /// the rows at the end that nobody wants.
+    pub image: RgbImage,
+    /// What its values are.
+    pub colours: Colours,
+    /// Width and height in the file, in pixels.
+    pub size: (u32, u32),
+    /// 8, unless a JPEG was decoded at less than its size.
+    pub eighths: u8,
+    /// To be applied; the pixels are still as stored.
+    pub orientation: Orientation,
+}
+
+/// Decodes an image file to upright 8-bit RGB, shape [H, W, 3], of whatever size the file has.
+///
+/// Grey, palette, 16-bit (the high byte counts) and CMYK become RGB, transparency is composed over
+/// white. Colour profiles are ignored. Of an animation the first frame is taken.
+///
+/// # Errors
+/// As [`preprocess`](super::preprocess).
+pub fn decode(bytes: &[u8], limits: PixelLimits) -> Result<RgbImage, ImageError> {
+    let stored = decode_stored(bytes, None, limits)?;
+    Ok(resize::upright(stored.image, stored.orientation))
+}
+
+/// Decodes without turning upright, and no larger than `spec` has use for.
+pub(super) fn decode_for(
+    bytes: &[u8],
+    spec: &PixelSpec,
+    limits: PixelLimits,
+) -> Result<Stored, ImageError> {
+    decode_stored(bytes, Some(spec), limits)
+}
+
+fn decode_stored(
+    bytes: &[u8],
+    spec: Option<&PixelSpec>,
+    limits: PixelLimits,
+) -> Result<Stored, ImageError> {
+    let format = sniff::format(bytes)?;
+    // The decoders are other people's and the bytes are anyone's. A panic must cost this image only.
+    catch_unwind(|| decode_format(bytes, format, spec, limits)).unwrap_or_else(|_| {
+        Err(ImageError::new(
+            ImageErrorCode::Internal,
+            format!("the {} decoder panicked", name(format)),
+        ))
+    })
+}
+
+fn decode_format(
+    bytes: &[u8],
+    format: ImageFormat,
+    spec: Option<&PixelSpec>,
+    limits: PixelLimits,
+) -> Result<Stored, ImageError> {
+    let checked = container::check(bytes, format, limits)?;
+
+    let mut reader = ImageReader::with_format(Cursor::new(checked.bytes), format);
+    // Only PNG's decoder takes limits when it is made, and it reads the metadata then: one row of
+    // pixels and the metadata is all that it allocates itself.
+    let mut header = image::Limits::no_limits();
+    header.max_alloc = Some(METADATA_BYTES + u64::from(MAX_SIDE) * 8);
+    reader.limits(header);
+    let mut decoder = reader.into_decoder().map_err(|e| refusal(format, &e))?;
+
+    let (width, height) = decoder.dimensions();
+    check_size(width, height, limits)?;
+    // A decoder's own buffers (a TIFF's strips, a GIF's frame) may be as large as the picture.
+    let most = METADATA_BYTES + BYTES_A_PIXEL.saturating_mul(limits.max_pixels);
+    if decoder.total_bytes().saturating_mul(2) > most {
+        return Err(ImageError::new(
+            ImageErrorCode::TooLarge,
+            format!(
+                "{width} × {height} pixels of this {} take more memory than limits.image_pixels ({}) \
+                 allows",
+                name(format),
+                limits.max_pixels
+            ),
+        ));
+    }
+    let mut allowance = image::Limits::no_limits();
+    allowance.max_alloc = Some(most.min(METADATA_BYTES + 3 * decoder.total_bytes()));
+    decoder.set_limits(allowance).map_err(|e| refusal(format, &e))?;
+
+    // Damaged EXIF data does not make the picture unreadable: such a picture counts as upright.
+    let orientation = match checked.orientation {
+        Some(orientation) => orientation,
+        None => decoder.orientation().unwrap_or(Orientation::NoTransforms),
+    };
+    let size = (width, height);
+    if format == ImageFormat::Jpeg
+        && let Some(spec) = spec
+        && let Some(eighths) = resize::eighths(size, orientation, spec)
+        && let rows = resize::rows(size, eighths, orientation, spec)
+        && let Some((image, colours)) = jpeg::decode_at(checked.bytes, size, eighths, rows)
+    {
+        return Ok(Stored { image, colours, size, eighths, orientation });
+    }
+    let image = to_rgb(DynamicImage::from_decoder(decoder).map_err(|e| refusal(format, &e))?);
+    Ok(Stored { image, colours: Colours::Rgb, size, eighths: 8, orientation })
+}
+
+/// Holds a declared size against the limits.
+pub(super) fn check_size(width: u32, height: u32, limits: PixelLimits) -> Result<(), ImageError> {
+    let pixels = u64::from(width) * u64::from(height);
+    if pixels == 0 {
+        return Err(corrupt(format!("image is {width} × {height} pixels")));
+    }
+    if pixels > limits.max_pixels {
+        return Err(ImageError::new(
+            ImageErrorCode::TooLarge,
+            format!(
+                "image is {width} × {height} = {pixels} pixels, the limit is {} (limits.image_pixels)",
+                limits.max_pixels
+            ),
+        ));
+    }
+    if width.max(height) > MAX_SIDE {
+        return Err(ImageError::new(
+            ImageErrorCode::TooLarge,
+            format!("image is {width} × {height} pixels, the longest side allowed is {MAX_SIDE}"),
+        ));
+    }
+    Ok(())
+}
+
+/// The refusal of a file that is damaged, cut short or empty of pixels.
+pub(super) fn corrupt(message: impl Into<String>) -> ImageError {
+    ImageError::new(ImageErrorCode::CorruptImage, message)
+}
+
+/// The format's name, for people.
+fn name(format: ImageFormat) -> &'static str {
+    match format {
+        ImageFormat::Jpeg => "JPEG",
+        ImageFormat::Png => "PNG",
+        ImageFormat::WebP => "WebP",
+        ImageFormat::Gif => "GIF",
+        ImageFormat::Bmp => "BMP",
+        ImageFormat::Tiff => "TIFF",
+        _ => "image",
+    }
+}
+
+/// What a decoder's error means for the image.
+fn refusal(format: ImageFormat, error: &image::ImageError) -> ImageError {
+    let name = name(format);
+    match error {
+        image::ImageError::Limits(_) => ImageError::new(
+            ImageErrorCode::TooLarge,
+            format!("{name} file asks for more memory than a picture of its size may take"),
+        ),
+        image::ImageError::Unsupported(_) => {
+            sniff::unsupported(&format!("a {name} of an unsupported kind ({})", reason(error)))
+        }
+        image::ImageError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+            corrupt(format!("{name} file ends early"))
+        }
+        _ => corrupt(format!("{name} file is damaged: {}", reason(error))),
+    }
+}
+
+/// The innermost words of an error, on one line, not too long.
+fn reason(error: &image::ImageError) -> String {
+    let words = match error.source() {
+        Some(source) => source.to_string(),
+        None => error.to_string(),
+    };
+    let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
+    words.chars().take(REASON_CHARS).collect()
+}
+
+/// 8-bit RGB out of whatever the decoder gave; transparency over white.
+fn to_rgb(image: DynamicImage) -> RgbImage {
+    match image {
+        DynamicImage::ImageRgb8(image) => image,
+        DynamicImage::ImageLuma8(image) => map(&image, |[v]| [v; 3]),
+        DynamicImage::ImageLumaA8(image) => map(&image, |[v, a]| [over_white(v, a); 3]),
+        DynamicImage::ImageRgba8(image) => {
+            map(&image, |[r, g, b, a]| [r, g, b].map(|c| over_white(c, a)))
+        }
+        DynamicImage::ImageLuma16(image) => map(&image, |[v]| [high(v); 3]),
+        DynamicImage::ImageLumaA16(image) => {
+            map(&image, |[v, a]| [over_white(high(v), high(a)); 3])
+        }
+        DynamicImage::ImageRgb16(image) => map(&image, |rgb: [u16; 3]| rgb.map(high)),
+        DynamicImage::ImageRgba16(image) => {
+            map(&image, |[r, g, b, a]| [r, g, b].map(|c| over_white(high(c), high(a))))
+        }
+        // Floating point, out of a TIFF: 0 to 1 becomes 0 to 255, and what lies outside is clipped.
+        other => map(&other.into_rgba8(), |[r, g, b, a]| [r, g, b].map(|c| over_white(c, a))),
+    }
+}
+
+/// Converts pixel by pixel.
+fn map<P, const N: usize>(
+    image: &ImageBuffer<P, Vec<P::Subpixel>>,
+    to_rgb: impl Fn([P::Subpixel; N]) -> [u8; 3],
+) -> RgbImage
+where
+    P: Pixel,
+{
+    let mut rgb = RgbImage::new(image.width(), image.height());
+    let (sources, _) = image.as_raw().as_chunks::<N>();
+    let (targets, _) = rgb.as_chunks_mut::<3>();
+    for (target, source) in targets.iter_mut().zip(sources) {
+        *target = to_rgb(*source);
+    }
+    rgb
+}
+
+/// The high byte of a 16-bit sample: what Pillow takes, where `image` rounds (a level apart).
+fn high(sample: u16) -> u8 {
+    sample.to_be_bytes()[0]
+}
+
+/// A sample of opacity `alpha` on white paper, rounded.
+fn over_white(sample: u8, alpha: u8) -> u8 {
+    let (sample, alpha) = (u32::from(sample), u32::from(alpha));
+    ((sample * alpha + 255 * (255 - alpha) + 127) / 255) as u8 // at most 255: an average of two bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: PixelLimits = PixelLimits { max_pixels: 50_000_000 };
+
+    #[test]
+    fn the_declared_size_is_held_against_the_limits() {
+        assert!(check_size(10_000, 5_000, LIMITS).is_ok());
+        let error = check_size(30_000, 30_000, LIMITS).unwrap_err();
+        assert_eq!(error.code, ImageErrorCode::TooLarge);
+        assert_eq!(
+            error.message,
+            "image is 30000 × 30000 = 900000000 pixels, the limit is 50000000 (limits.image_pixels)"
+        );
+        assert!(check_size(u32::MAX, u32::MAX, LIMITS).is_err());
+        let error = check_size(65_536, 1, LIMITS).unwrap_err();
+        assert_eq!(error.code, ImageErrorCode::TooLarge);
+        for (width, height) in [(0, 1), (1, 0), (0, 0)] {
+            let error = check_size(width, height, LIMITS).unwrap_err();
+            assert_eq!(error.code, ImageErrorCode::CorruptImage);
+        }
+    }
+
+    #[test]
+    fn transparency_lies_on_white() {
+        assert_eq!(over_white(0, 0), 255);
+        assert_eq!(over_white(7, 255), 7);
+        assert_eq!(over_white(0, 128), 127);
+        assert_eq!(over_white(255, 77), 255);
+        for sample in 0..=255 {
+            for alpha in 0..=255 {
+                let exact = (f64::from(sample) * f64::from(alpha)
+                    + 255.0 * (255.0 - f64::from(alpha)))
+                    / 255.0;
+                assert_eq!(f64::from(over_white(sample, alpha)), exact.round());
+            }
+        }
+    }
+
+    #[test]
+    fn every_kind_of_pixel_becomes_rgb() {
+        use image::{Luma, LumaA, Rgb, Rgba, Rgba32FImage};
+        let one = |image: DynamicImage| to_rgb(image).get_pixel(0, 0).0;
+        assert_eq!(one(ImageBuffer::from_pixel(2, 1, Luma([9u8])).into()), [9; 3]);
+        assert_eq!(one(RgbImage::from_pixel(2, 1, Rgb([1, 2, 3])).into()), [1, 2, 3]);
+        let grey_alpha = ImageBuffer::from_pixel(2, 1, LumaA([0u8, 128]));
+        assert_eq!(one(grey_alpha.into()), [127, 127, 127]);
+        let rgba = ImageBuffer::from_pixel(2, 1, Rgba([200u8, 100, 0, 0]));
+        assert_eq!(one(rgba.into()), [255, 255, 255]);
+        let grey_16 = ImageBuffer::from_pixel(2, 1, Luma([0x12ff_u16]));
+        assert_eq!(one(grey_16.into()), [0x12; 3]);
+        let rgb_16 = ImageBuffer::from_pixel(2, 1, Rgb([0xffff_u16, 0x8000, 0x00ff]));
+        assert_eq!(one(rgb_16.into()), [0xff, 0x80, 0]);
+        let rgba_16 = ImageBuffer::from_pixel(2, 1, Rgba([0u16, 0, 0, 0x80ff]));
+        assert_eq!(one(rgba_16.into()), [127; 3]);
+        let float = Rgba32FImage::from_pixel(2, 1, Rgba([0.0, 1.0, 7.0, 1.0]));
+        assert_eq!(one(DynamicImage::ImageRgba32F(float)), [0, 255, 255]);
+    }
+}
