@@ -68,7 +68,7 @@ impl ControlListener {
                 }
                 Err(error) => error.to_string(),
             };
-            let pause = backoff.next();
+            let pause = backoff.pause();
             tracing::warn!(
                 exchange = self.topology.control_exchange,
                 pause_seconds = pause.as_secs_f64(),

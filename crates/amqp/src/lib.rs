@@ -128,7 +128,7 @@ impl Backoff {
     }
 
     /// How long to wait after one more failure.
-    pub fn next(&mut self) -> Duration {
+    pub fn pause(&mut self) -> Duration {
         let base = 0.2 * f64::from(1_u32 << self.failures.min(7));
         self.failures = self.failures.saturating_add(1);
         Duration::from_secs_f64((base * (0.5 + fastrand::f64())).min(15.0))
@@ -239,12 +239,12 @@ mod tests {
     #[test]
     fn pauses_grow_and_stay_bounded() {
         let mut backoff = Backoff::default();
-        let pauses: Vec<f64> = (0..40).map(|_| backoff.next().as_secs_f64()).collect();
+        let pauses: Vec<f64> = (0..40).map(|_| backoff.pause().as_secs_f64()).collect();
         assert!(pauses[0] <= 0.3, "{pauses:?}");
         assert!(pauses.iter().all(|p| *p <= 15.0));
         assert!(pauses[30..].iter().all(|p| *p > 5.0), "{pauses:?}");
         backoff.reset();
-        assert!(backoff.next().as_secs_f64() <= 0.3);
+        assert!(backoff.pause().as_secs_f64() <= 0.3);
     }
 
     #[test]

@@ -182,7 +182,7 @@ impl Publisher {
                 Err(refusal) => {
                     wait.because(&refusal.0);
                     tracing::debug!(queue, "refused, and sent again: {refusal}");
-                    sleep(backoff.next()).await;
+                    sleep(backoff.pause()).await;
                 }
             }
         }
@@ -246,7 +246,7 @@ impl Publisher {
                 return Err(refusal.into());
             }
             wait.because(&refusal.0);
-            let pause = backoff.next();
+            let pause = backoff.pause();
             tracing::debug!(queue, ?pause, "not confirmed, and sent again: {refusal}");
             sleep(pause).await;
         }
@@ -279,7 +279,7 @@ impl Publisher {
                 Err(Failed::Channel(reason)) => reason,
                 Err(Failed::Silent(waited)) => format!("no answer within {} s", waited.as_secs()),
             };
-            let pause = backoff.next();
+            let pause = backoff.pause();
             tracing::debug!(queue, ?pause, "sent again: {reason}");
             sleep(pause).await;
         }
@@ -372,7 +372,7 @@ impl Publisher {
                 }
                 Err(error) => {
                     self.set_unreachable(Some(error.to_string()));
-                    let pause = backoff.next();
+                    let pause = backoff.pause();
                     tracing::warn!(
                         pause_seconds = pause.as_secs_f64(),
                         "results cannot be published, the broker is tried again: {error}"

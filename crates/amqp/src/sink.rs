@@ -142,7 +142,7 @@ impl AmqpSink {
             if left.is_zero() {
                 return Err(refusal);
             }
-            tokio::time::sleep(backoff.next().min(left)).await;
+            tokio::time::sleep(backoff.pause().min(left)).await;
         }
     }
 }

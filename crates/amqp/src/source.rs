@@ -200,7 +200,7 @@ impl AmqpSource {
     }
 
     fn try_again(&mut self, error: &str) {
-        let pause = self.backoff.next();
+        let pause = self.backoff.pause();
         self.readiness.set_lost(&self.topology.jobs, error);
         tracing::warn!(
             pause_seconds = pause.as_secs_f64(),
@@ -227,7 +227,7 @@ impl AmqpSource {
             // Closed beside the way; a broker that is gone does not answer.
             tokio::spawn(async move { close(&live.connection).await });
         }
-        let pause = self.backoff.next();
+        let pause = self.backoff.pause();
         self.opening = Some(self.open_after(pause));
     }
 

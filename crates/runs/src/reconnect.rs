@@ -75,7 +75,7 @@ impl Reconnect<'_> {
             if progress.elapsed() >= *patience {
                 return Ok(Ended::Away(reason));
             }
-            let pause = backoff.next();
+            let pause = backoff.pause();
             tracing::warn!(
                 pause_seconds = pause.as_secs_f64(),
                 "{role}: reconnecting to the broker: {reason}"

@@ -63,7 +63,7 @@ impl Watch {
                     Err(error) => error.to_string(),
                 };
                 tracing::debug!("it is unknown whether the run is cancelled: {reason}");
-                sleep(backoff.next()).await;
+                sleep(backoff.pause()).await;
             }
         });
         Self { told, _task: AbortOnDropHandle::new(task) }

@@ -318,7 +318,7 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
         link.jobs = confirming(link.connection).await?;
         let left = patience.saturating_sub(progress.elapsed());
         tokio::select! {
-            () = sleep(backoff.next().min(left)) => {}
+            () = sleep(backoff.pause().min(left)) => {}
             () = self.stop.cancelled() => {}
         }
         Ok(())
