@@ -11,7 +11,7 @@ use angler_amqp::run_queues::IdQueues;
 use angler_amqp::{AmqpOptions, connect};
 use angler_runs::mark;
 
-use super::support::proxy::Proxy;
+use super::support::proxy::{Fault, Proxy};
 use super::support::servers::Server;
 use super::support::{Broker, Received, Results, eventually};
 use super::{Running, World};
@@ -110,6 +110,65 @@ async fn a_queue_that_is_deleted_in_between_is_an_error() {
     let (code, _, log) = world.enqueue(&list, "cut", &["--per-job", "1"]);
     assert_eq!(code, 0, "{log}");
     assert_eq!(world.ready("angler.jobs").await, Some(300), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_that_is_there_and_gets_nothing_is_waited_for() {
+    let server = Server::rabbitmq("");
+    let mut world = World::of(Broker::of(&server)).await;
+    let proxy = Proxy::new(&world.broker.address()).await;
+    let url = world.broker.url_through(&proxy.address(), 0);
+    world.setup.env.insert("ANGLER__AMQP__URL".into(), url);
+    // So that it still sends when the queue is hidden: a job has some 400 bytes.
+    proxy.fault(Fault { bytes_per_second: Some(50_000), ..Fault::default() });
+    let (list, vhost) = (world.list(2000), world.broker.vhost.clone());
+    let arguments = ["enqueue", &list, "--classes", "colours@1", "--run", "hid", "--per-job", "1"];
+    let mut sending = spawn_logged(&world, &arguments, "log");
+    world.until_ready("angler.jobs", 50).await;
+    if !server.hide(&vhost, "angler.jobs") {
+        return;
+    }
+    eventually("the command tries again", async || {
+        log(&world, "log").contains("reconnecting to the broker").then_some(())
+    })
+    .await;
+    server.show(&vhost, "angler.jobs");
+    proxy.heal();
+    let mut jobs = world.client.consume("angler.jobs").await;
+    take_all(&mut jobs, 2000).await;
+    let status = eventually("the command ends", async || sending.0.try_wait().unwrap()).await;
+    assert!(status.success(), "{}", log(&world, "log"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_turn_that_a_lost_connection_may_have_is_waited_for() {
+    let mut world = World::new().await;
+    let proxy = Proxy::new(&world.broker.address()).await;
+    let url = world.broker.url_through(&proxy.address(), 0);
+    world.setup.env.insert("ANGLER__AMQP__URL".into(), url);
+    world.setup.set("log.level", "info,angler::amqp=debug");
+    // A broker in a minority hands a turn to a connection and cannot say so, nor take it back.
+    let other = world.broker.connect().await;
+    let turn = IdQueues::new("angler.jobs", "turn").sender;
+    let exclusive = QueueDeclareOptions { exclusive: true, ..Default::default() };
+    other.channel.queue_declare(turn.into(), exclusive, FieldTable::default()).await.unwrap();
+    let list = world.list(2);
+    let arguments = ["enqueue", &list, "--classes", "colours@1", "--run", "turn", "--per-job", "1"];
+    let mut sending = spawn_logged(&world, &arguments, "log");
+    eventually("it waits for the turn", async || {
+        log(&world, "log").contains("waiting for the turn").then_some(())
+    })
+    .await;
+    proxy.cut();
+    eventually("it tries a third time", async || {
+        assert_eq!(sending.0.try_wait().unwrap(), None, "{}", log(&world, "log"));
+        (proxy.accepted() >= 3).then_some(())
+    })
+    .await;
+    other.close().await;
+    let status = eventually("the command ends", async || sending.0.try_wait().unwrap()).await;
+    assert!(status.success(), "{}", log(&world, "log"));
+    assert_eq!(world.ready("angler.jobs").await, Some(2));
 }
 
 #[tokio::test(flavor = "multi_thread")]

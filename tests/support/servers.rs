@@ -91,6 +91,25 @@ impl Server {
         self.run(&[&["ctl"], arguments].concat())
     }
 
+    /// Makes a RabbitMQ return what is published to a queue that exists, as while it starts or the queue's
+    /// leader changes. `false` from 4.0 on, whose table of queues is another.
+    pub fn hide(&self, vhost: &str, queue: &str) -> bool {
+        let hide = "case code:which(khepri) of non_existing -> mnesia:dirty_delete(rabbit_queue, R); _ -> no end";
+        !self.eval_of(vhost, queue, hide).contains("no")
+    }
+
+    /// Ends that.
+    pub fn show(&self, vhost: &str, queue: &str) {
+        let show = "[Q] = mnesia:dirty_read(rabbit_durable_queue, R), ok = mnesia:dirty_write(rabbit_queue, Q)";
+        self.eval_of(vhost, queue, show);
+    }
+
+    /// Evaluates an expression with the name of a queue as `R`.
+    fn eval_of(&self, vhost: &str, queue: &str, expression: &str) -> String {
+        let name = format!("R = rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>)");
+        self.ctl(&["eval", &format!("{name}, {expression}.")])
+    }
+
     /// A variable as `tests/services.sh env` would set it for this server.
     pub fn var(&self, name: &str) -> String {
         let lines = self.run(&["env"]);

@@ -31,7 +31,11 @@ pub async fn answer<T>(
 /// down or inaccessible"), and is not missing: hence the words. Hence also the name: lapin 4.12 may fail
 /// what is sent on a channel with the error of an earlier channel of the same number.
 pub fn is_missing(error: &AmqpError, name: &str) -> bool {
-    let AmqpError::Broker(error) = error else { return false };
+    matches!(error, AmqpError::Broker(error) if says_missing(error, name))
+}
+
+/// The same of lapin's error.
+pub(crate) fn says_missing(error: &lapin::Error, name: &str) -> bool {
     let is_named = |words: &str| {
         ["queue", "exchange"].iter().any(|kind| words.contains(&format!("no {kind} '{name}'")))
     };

@@ -21,6 +21,7 @@ use angler_core::class_sets::catalog::Catalog;
 use angler_core::class_sets::shadow::Shadow;
 use angler_wire::control::{Answer, MAX_REQUEST_BYTES, REPLY_TYPE, REQUEST_TYPE, Reply, Request};
 
+use super::ask::look_at;
 use super::losses::{JobCopy, Losses};
 use super::topology::Topology;
 use super::{AmqpError, AmqpOptions, Backoff, close, connect, put, short};
@@ -221,13 +222,9 @@ impl ControlClient {
             let open = open(options, topology, "command").await?;
             open.channel.confirm_select(ConfirmSelectOptions::default()).await?;
             let (queue, replies) = open.consume("").await?;
-            // A channel of its own: asking for a queue that does not exist closes it.
-            let channel = open.connection.create_channel().await?;
-            let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-            let jobs = short(&topology.jobs);
-            let counted = channel.queue_declare(jobs, passive, FieldTable::default()).await;
             // Without a jobs queue no worker has ever run here.
-            let workers = counted.map_or(0, |queue| queue.consumer_count());
+            let jobs = look_at(&open.connection, &topology.jobs).await?;
+            let workers = jobs.map_or(0, |queue| queue.consumers);
             let exchange = topology.control_exchange.clone();
             Ok(Self { open, exchange, queue, replies, requests: 0, workers })
         };

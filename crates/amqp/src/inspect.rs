@@ -19,6 +19,7 @@ use lapin::{Connection, ExchangeKind};
 use angler_tls::BROKER;
 
 use super::address::Address;
+use super::ask::says_missing;
 use super::connect::{dial, tls};
 use super::topology::Topology;
 use super::{AmqpError, AmqpOptions, refused, short, string_header};
@@ -178,7 +179,7 @@ impl Topology {
         let channel = connection.create_channel().await?;
         let counts = match channel.queue_declare(name.clone(), passive, none).await {
             Ok(found) => Counts { ready: found.message_count(), consumers: found.consumer_count() },
-            Err(error) => return missing(error),
+            Err(error) => return missing(error, queue),
         };
         let arguments = self.queues().into_iter().find(|(name, _)| name == queue);
         let Some((_, arguments)) = arguments else { return Ok(Found::Same(counts)) };
@@ -211,7 +212,7 @@ impl Topology {
         let channel = connection.create_channel().await?;
         let kind = ExchangeKind::Fanout;
         if let Err(e) = channel.exchange_declare(name, kind, passive, FieldTable::default()).await {
-            return missing(e);
+            return missing(e, &self.control_exchange);
         }
         let channel = connection.create_channel().await?;
         compared(Counts::default(), self.declare_control(&channel).await)
@@ -231,11 +232,9 @@ async fn declare(
     Ok(declaring.await.map(drop))
 }
 
-fn missing(error: lapin::Error) -> Result<Found, lapin::Error> {
-    match refused(&error) {
-        Some((AMQPSoftError::NOTFOUND, _)) => Ok(Found::Missing),
-        _ => Err(error),
-    }
+/// A queue whose node is down is not missing.
+fn missing(error: lapin::Error, name: &str) -> Result<Found, lapin::Error> {
+    if says_missing(&error, name) { Ok(Found::Missing) } else { Err(error) }
 }
 
 fn compared(counts: Counts, declared: Result<(), lapin::Error>) -> Result<Found, lapin::Error> {

@@ -54,6 +54,7 @@ impl Turn {
         patience: Duration,
     ) -> Result<Self, TurnError> {
         let end = Instant::now() + patience;
+        let mut is_waiting = false;
         loop {
             if let Some(channel) = declare(connection, queue).await? {
                 return Ok(Self { channel, queue: queue.to_owned() });
@@ -61,6 +62,10 @@ impl Turn {
             if Instant::now() >= end {
                 let (queue, seconds) = (queue.to_owned(), patience.as_secs());
                 return Err(TurnError::Busy { queue, seconds });
+            }
+            if !is_waiting {
+                is_waiting = true;
+                tracing::debug!(queue, "waiting for the turn, which another connection holds");
             }
             sleep(LOOK).await;
         }

@@ -134,8 +134,9 @@ pub async fn collect(
     let mut patience = TURN;
     let ended = connections
         .run(async |connection, last| {
+            // Without an answer the broker may have given the turn to this connection all the same.
+            let patience = std::mem::replace(&mut patience, silence.min(TURN_AGAIN));
             turn(connection, &queues.id, patience).await?;
-            patience = silence.min(TURN_AGAIN);
             let channel = answer(connection.create_channel()).await?;
             answer(channel.basic_qos(IN_FLIGHT, BasicQosOptions::default())).await?;
             let watch = &watch;

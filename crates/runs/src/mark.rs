@@ -232,7 +232,11 @@ impl Marker {
     }
 
     /// Replaces the record by one that says at least as much.
-    pub(super) async fn write(&self, mark: &Mark) -> Result<Written, AmqpError> {
+    pub(super) async fn write(
+        &self,
+        connection: &Connection,
+        mark: &Mark,
+    ) -> Result<Written, AmqpError> {
         let body = serde_json::to_vec(mark).unwrap_or_default(); // Strings and numbers: it cannot fail.
         let properties = BasicProperties::default()
             .with_delivery_mode(2)
@@ -245,7 +249,11 @@ impl Marker {
         };
         match answer(writing).await? {
             Confirmation::Ack(None) => {}
-            Confirmation::Ack(Some(_)) => return Ok(Written::Gone),
+            // Also returned while the queue's leader changes, or its node is down.
+            Confirmation::Ack(Some(_)) => {
+                let found = look_at(connection, &self.queue).await?;
+                return Ok(if found.is_none() { Written::Gone } else { Written::Refused });
+            }
             _ => return Ok(Written::Refused),
         }
         self.remove_older(mark).await?;

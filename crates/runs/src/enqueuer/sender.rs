@@ -46,6 +46,8 @@ pub(super) struct Sender<'a, F> {
     seen: F,
     /// What is left to send, once the run is known to exist.
     unsent: Option<Unsent<'a>>,
+    /// An earlier connection may still have the turn.
+    may_have_turn: bool,
     is_listed: bool,
     is_told: bool,
     has_warned: bool,
@@ -83,9 +85,19 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
         stop: &'a CancellationToken,
         seen: F,
     ) -> Self {
-        let (unsent, is_listed, is_told, has_warned) = (None, false, false, false);
-        let names = IdQueues::new(target.first, &plan.run);
-        Self { target, names, plan, images, stop, seen, unsent, is_listed, is_told, has_warned }
+        Self {
+            target,
+            names: IdQueues::new(target.first, &plan.run),
+            plan,
+            images,
+            stop,
+            seen,
+            unsent: None,
+            may_have_turn: false,
+            is_listed: false,
+            is_told: false,
+            has_warned: false,
+        }
     }
 
     /// Returns how many jobs are confirmed.
@@ -150,13 +162,15 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
     }
 
     /// Waits until this process is the only one that sends the run.
-    async fn take_turn(&self, connection: &Connection) -> Outcome<()> {
+    async fn take_turn(&mut self, connection: &Connection) -> Outcome<()> {
+        // Without an answer the broker may have given the turn to this connection all the same.
+        let may_have_turn = std::mem::replace(&mut self.may_have_turn, true);
         match Turn::take(connection, &self.names.sender, TURN).await {
             // Held until the connection ends.
             Ok(_) => Ok(()),
             Err(TurnError::Amqp(error)) => Err(error.into()),
-            Err(TurnError::Busy { .. }) if self.unsent.is_some() => {
-                let reason = "the broker has not noticed yet that the last connection was lost";
+            Err(TurnError::Busy { .. }) if may_have_turn => {
+                let reason = "the broker has not noticed yet that the last connection was lost, or another command sends the run";
                 Err(Failed::Connection(reason.to_owned()))
             }
             Err(TurnError::Busy { .. }) => {
@@ -174,7 +188,7 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
         if let Some(unsent) = &self.unsent {
             return match look {
                 Look::Found(mark) if mark.nonce == unsent.mark.nonce => Ok(unsent.mark.clone()),
-                Look::Empty => self.rewrite(marker).await,
+                Look::Empty => self.rewrite(connection, marker).await,
                 // Collected before the mark could say that all jobs were sent.
                 Look::Missing if unsent.is_done() => {
                     Ok(Mark { sent: unsent.mark.jobs, ..unsent.mark.clone() })
@@ -187,7 +201,7 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
             Look::Found(mark) if mark.digest == digest => {
                 let mark = Mark { sender: target.sender.to_owned(), ..mark };
                 if mark.sent < mark.jobs {
-                    write(marker, &mark).await?;
+                    write(connection, marker, &mark).await?;
                 }
                 mark
             }
@@ -210,7 +224,7 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
                     digest,
                     sender: target.sender.to_owned(),
                 };
-                write(marker, &mark).await?;
+                write(connection, marker, &mark).await?;
                 mark
             }
         };
@@ -220,9 +234,9 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
     }
 
     /// Writes the mark again, which is missing from its queue.
-    async fn rewrite(&self, marker: &Marker) -> Outcome<Mark> {
+    async fn rewrite(&self, connection: &Connection, marker: &Marker) -> Outcome<Mark> {
         let Some(Unsent { mark, .. }) = &self.unsent else { return Err(self.gone().into()) };
-        write(marker, mark).await?;
+        write(connection, marker, mark).await?;
         Ok(mark.clone())
     }
 
@@ -270,7 +284,7 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
             let Answers::Refused(refused) = link.publish(queue, batch, waiting).await? else {
                 // What is confirmed is marked, as far as that succeeds.
                 let _ = self.mark(link).await;
-                return Err(self.unsent(Obstacle::NoQueue(queue.clone())).into());
+                return Err(self.returned(link).await);
             };
             unsent.answered(published, &refused);
             let accepted = (published - refused.len()) as u64;
@@ -288,6 +302,19 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
             }
         }
         self.mark(link).await
+    }
+
+    /// Tells why the broker returned jobs as unroutable. It does so too while the queue's leader changes, or
+    /// its node is down.
+    async fn returned(&self, link: &Link<'_>) -> Failed<EnqueueError> {
+        let queue = &self.target.topology.jobs;
+        match look_at(link.connection, queue).await {
+            Ok(None) => self.unsent(Obstacle::NoQueue(queue.clone())).into(),
+            Ok(Some(_)) => Failed::Connection(format!(
+                "the broker returned jobs, although queue {queue} exists"
+            )),
+            Err(error) => error.into(),
+        }
     }
 
     /// Waits before what the broker refused is published again; an error if that has gone on for too
@@ -370,7 +397,7 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
             return Ok(());
         }
         let mark = Mark { sent, ..unsent.mark.clone() };
-        match link.marker.write(&mark).await? {
+        match link.marker.write(link.connection, &mark).await? {
             Written::Kept => {
                 (unsent.mark, link.marked) = (mark, Instant::now());
                 Ok(())
@@ -454,8 +481,8 @@ async fn confirming(connection: &Connection) -> Result<Channel, AmqpError> {
 }
 
 /// Writes a mark that must be there.
-async fn write(marker: &Marker, mark: &Mark) -> Outcome<()> {
-    match marker.write(mark).await? {
+async fn write(connection: &Connection, marker: &Marker, mark: &Mark) -> Outcome<()> {
+    match marker.write(connection, mark).await? {
         Written::Kept => Ok(()),
         Written::Refused => Err(mark_refused()),
         Written::Gone => Err(Failed::Connection("the run's mark was deleted".to_owned())),
