@@ -237,9 +237,11 @@ impl<'a> Collecting<'a> {
         let have = self.journal.have();
         let is_gone = match error.downcast_ref() {
             Some(CollectError::NoRun { .. }) => true,
-            Some(CollectError::Busy { .. } | CollectError::Journal(_)) => return Err(error),
+            Some(
+                CollectError::Busy { .. } | CollectError::Denied { .. } | CollectError::Journal(_),
+            ) => return Err(error),
             None if error.is::<JournalError>() => return Err(error),
-            None => false,
+            Some(CollectError::Mark(_)) | None => false,
         };
         if is_gone && have.is_whole() {
             // A command that had written everything was killed before it could say so.
@@ -324,7 +326,7 @@ async fn mark_of(options: &AmqpOptions, names: &IdQueues) -> Result<Option<Mark>
     let connection = connect(options, "collect").await?;
     let mark = mark::read(&connection, names).await;
     close(&connection).await;
-    Ok(mark?)
+    Ok(mark.map_err(|error| CollectError::of_mark(&names.run, error))?)
 }
 
 /// `true` if embeddings were asked for, and images were classified without.

@@ -91,6 +91,34 @@ async fn a_queue_that_stays_full_is_an_error_and_what_it_refused_is_sent_later()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_user_without_rights_on_the_runs_queues_is_told_at_once_which_one_is_missing() {
+    let world = World::new().await;
+    let allow = |configure: &str| {
+        let rights = json!({"configure": configure, "write": ".*", "read": ".*"}).to_string();
+        let path = format!("permissions/{}/guest", world.broker.vhost);
+        world.broker.manage("PUT", &path, Some(&rights));
+    };
+    assert_eq!(world.enqueue(&world.list(1), "before", &[]).0, 0);
+    allow(r"^angler\.(jobs|results|dead|control|suspects|undeliverable|retry\..*)$");
+    let told = |(code, _, log): (i32, String, String), run: &str| {
+        assert_eq!(code, 1, "{log}");
+        assert!(log.contains(&format!("angler.run.{run}@")), "{log}");
+        assert!(log.contains("configure, write and read on ^angler\\.run"), "{log}");
+        assert!(!log.contains("reconnecting"), "{log}");
+        log
+    };
+    let log = told(world.enqueue(&world.list(3), "new", &["--per-job", "1"]), "new");
+    assert!(log.contains("3 of 3 jobs of run new were not sent"), "{log}");
+    told(world.collect("before", "before.csv", &[]), "before");
+    // Of the workers' queues as well.
+    world.broker.manage("DELETE", &format!("queues/{}/angler.jobs", world.broker.vhost), None);
+    allow("^$");
+    let (code, _, log) = world.enqueue(&world.list(3), "new", &["--per-job", "1"]);
+    assert!(code == 1 && !log.contains("reconnecting"), "{log}");
+    assert!(log.contains("there is no angler.jobs"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_queue_that_is_deleted_in_between_is_an_error() {
     let world = World::new().await;
     let list = world.list(400);

@@ -97,6 +97,19 @@ impl From<lapin::Error> for AmqpError {
     }
 }
 
+impl AmqpError {
+    /// Returns what right the user lacks, if that is the error. It does not pass with time.
+    pub fn denied(&self) -> Option<String> {
+        match self {
+            Self::Broker(error) => refused(error)
+                .filter(|(kind, _)| *kind == AMQPSoftError::ACCESSREFUSED)
+                .map(|(_, words)| words.to_owned()),
+            Self::Undeclared { .. } => Some(self.to_string()),
+            _ => None,
+        }
+    }
+}
+
 /// Ends a connection in order, so that acks on their way arrive; a broker that does not answer is
 /// left.
 pub async fn close(connection: &Connection) {

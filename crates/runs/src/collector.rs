@@ -22,7 +22,8 @@ use angler_amqp::{AmqpError, AmqpOptions, short};
 
 use super::have::Added;
 use super::journal::{Journal, JournalError};
-use super::reconnect::{self, Failed, Reconnect};
+use super::mark::MarkError;
+use super::reconnect::{self, Failed, Reconnect, lacking};
 use super::result::{RunResult, line_of};
 use crate::collector::watch::Watch;
 
@@ -92,9 +93,34 @@ pub enum CollectError {
         /// The run's id.
         run: String,
     },
+    /// The user lacks a right.
+    #[error("run {run} cannot be collected: {}", lacking(.words))]
+    Denied {
+        /// The run's id.
+        run: String,
+        /// What the broker said.
+        words: String,
+    },
+    /// What was sent cannot be told.
+    #[error(transparent)]
+    Mark(MarkError),
     /// Results cannot be kept.
     #[error(transparent)]
     Journal(#[from] JournalError),
+}
+
+impl CollectError {
+    /// Tells a missing right from other reasons why a run's mark cannot be read.
+    pub fn of_mark(run: &str, error: MarkError) -> Self {
+        let denied = match &error {
+            MarkError::Amqp(error) => error.denied(),
+            _ => None,
+        };
+        match denied {
+            Some(words) => Self::Denied { run: run.to_owned(), words },
+            None => Self::Mark(error),
+        }
+    }
 }
 
 /// What decides when collecting ends.
@@ -149,6 +175,10 @@ pub async fn collect(
             Ended::Complete { cancelled: watch.answer().await }
         }
         reconnect::Ended::Done(ended) => ended,
+        reconnect::Ended::Denied(words) => {
+            let run = journal.run().id.clone();
+            return Err(CollectError::Denied { run, words });
+        }
         reconnect::Ended::Stopped => Ended::Stopped,
         reconnect::Ended::Away(_) => Ended::Silent,
     })

@@ -19,7 +19,7 @@ use angler_amqp::topology::Topology;
 use angler_wire::job::{ClassSelector, ImageRef, Job, Run, hex};
 
 use super::mark::{Mark, MarkError};
-use super::reconnect::{Ended, Failed, Reconnect};
+use super::reconnect::{Ended, Failed, Reconnect, lacking};
 use super::spool::Images;
 use crate::enqueuer::sender::Sender;
 
@@ -171,6 +171,9 @@ pub enum Obstacle {
     /// The jobs queue was deleted.
     #[error("queue {0} was deleted, with all jobs that waited in it")]
     NoQueue(String),
+    /// The user lacks a right.
+    #[error("{}", lacking(.0))]
+    Denied(String),
     /// The broker was down or refused everything for too long.
     #[error("the broker accepted nothing for {seconds} s: {reason}")]
     Broker {
@@ -191,6 +194,7 @@ impl From<MarkError> for Failed<EnqueueError> {
     fn from(error: MarkError) -> Self {
         match error {
             MarkError::Unreadable { .. } => Self::Final(error.into()),
+            MarkError::Amqp(error) => error.into(),
             other => Self::Connection(other.to_string()),
         }
     }
@@ -230,6 +234,7 @@ pub async fn enqueue(
     match ended {
         Ended::Done(()) | Ended::Stopped => Ok(sender.sent()),
         // Not an attempt's fault: nobody wants it any more.
+        Ended::Denied(words) => Err(sender.unsent(Obstacle::Denied(words))),
         Ended::Away(_) if stop.is_cancelled() => Ok(sender.sent()),
         Ended::Away(reason) => {
             Err(sender.unsent(Obstacle::Broker { seconds: plan.patience.as_secs(), reason }))

@@ -12,13 +12,18 @@ use angler_amqp::{AmqpError, AmqpOptions, Backoff, close, connect};
 pub(super) enum Failed<E> {
     /// Another attempt may succeed.
     Connection(String),
+    /// The user lacks a right, in the broker's words.
+    Denied(String),
     /// None will.
     Final(E),
 }
 
 impl<E> From<AmqpError> for Failed<E> {
     fn from(error: AmqpError) -> Self {
-        Self::Connection(error.to_string())
+        match error.denied() {
+            Some(words) => Self::Denied(words),
+            None => Self::Connection(error.to_string()),
+        }
     }
 }
 
@@ -28,6 +33,8 @@ pub(super) enum Ended<T> {
     Done(T),
     /// It was asked to stop.
     Stopped,
+    /// The user lacks a right, in the broker's words.
+    Denied(String),
     /// Connections failed and nothing progressed for as long as [`Reconnect::patience`].
     Away(String),
 }
@@ -62,11 +69,13 @@ impl Reconnect<'_> {
                     close(&connection).await;
                     outcome
                 }
-                Err(error) => Err(error.into()),
+                // Also if the login is refused: a broker that starts may not know its users yet.
+                Err(error) => Err(Failed::Connection(error.to_string())),
             };
             let reason = match outcome {
                 Ok(done) => return Ok(Ended::Done(done)),
                 Err(Failed::Final(error)) => return Err(error),
+                Err(Failed::Denied(words)) => return Ok(Ended::Denied(words)),
                 Err(Failed::Connection(reason)) => reason,
             };
             if progress > before {
@@ -86,4 +95,11 @@ impl Reconnect<'_> {
             }
         }
     }
+}
+
+/// The sentence for a user that lacks a right.
+pub(super) fn lacking(words: &str) -> String {
+    format!(
+        "the broker's user lacks a right: {words}; runs need configure, write and read on ^angler\\.run, or on what the queues of amqp.jobs_queue begin with, in addition to the workers' queues"
+    )
 }
