@@ -267,6 +267,18 @@ impl Settings {
                 "amqp.client_cert_file and amqp.client_key_file belong together".to_owned(),
             ));
         }
+        for (key, name) in [
+            ("amqp.results_queue", &a.results_queue),
+            ("amqp.dead_queue", &a.dead_queue),
+            ("amqp.control_exchange", &a.control_exchange),
+        ] {
+            if !(1..=255).contains(&name.len()) {
+                return Err(SettingsError(format!(
+                    "{key} must have 1 to 255 bytes, not {}",
+                    name.len()
+                )));
+            }
+        }
         addresses(a.url.as_str()).map_err(|e| SettingsError(e.to_string()))?;
         self.telemetry.check()?;
         self.preload()?;
@@ -610,6 +622,9 @@ mod tests {
             ("[amqp]\njobs_queue = []", "amqp.jobs_queue"),
             ("[amqp]\njobs_queue = [\"a\", \"a:2\"]", "amqp.jobs_queue names a twice"),
             ("[amqp]\nurl = \"http://h\"", "amqp.url"),
+            ("[amqp]\ndead_queue = \"\"", "amqp.dead_queue must have 1 to 255 bytes, not 0"),
+            (&format!("[amqp]\nresults_queue = {:?}", "r".repeat(256)), "amqp.results_queue"),
+            (&format!("[amqp]\njobs_queue = {:?}", "j".repeat(100)), "may have 99"),
             ("[telemetry]\notlp_endpoint = \"h:4318\"", "telemetry.otlp_endpoint = \"h:4318\""),
             ("[telemetry]\notlp_endpoint = \"https://\"", "telemetry.otlp_endpoint"),
             ("[telemetry]\notlp_sample = 1.5", "telemetry.otlp_sample"),

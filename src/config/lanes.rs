@@ -2,6 +2,8 @@
 
 use serde::Deserialize;
 
+use angler_amqp::run_queues::{MAX_BASE_BYTES, base};
+
 /// The largest weight.
 const MAX_WEIGHT: u32 = 1000;
 /// The most queues: a worker has a connection for each.
@@ -99,12 +101,21 @@ fn lane(text: &str) -> Result<Lane, String> {
     if queue.is_empty() {
         return Err("amqp.jobs_queue: a queue must have a name".to_owned());
     }
+    let bytes = base(queue).len();
+    if bytes > MAX_BASE_BYTES {
+        return Err(format!(
+            "amqp.jobs_queue: {queue} has {bytes} bytes, without .jobs, and may have {MAX_BASE_BYTES}: retry queues, runs' queues \
+             and others are named after it"
+        ));
+    }
     Ok(Lane { queue: queue.to_owned(), weight })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use angler_amqp::run_queues::RunQueues;
+    use angler_runs::mark;
 
     fn parsed(json: &str) -> Result<Vec<(String, u32)>, String> {
         let lanes: Lanes = serde_json::from_str(json).map_err(|e| e.to_string())?;
@@ -119,6 +130,20 @@ mod tests {
         assert_eq!(parsed(r#"["a", "b:3"]"#).unwrap(), [lane("a", 1), lane("b", 3)]);
         // Colons are allowed in names.
         assert_eq!(parsed(r#""eu:jobs""#).unwrap(), [lane("eu:jobs", 1)]);
+    }
+
+    #[test]
+    fn the_names_of_all_queues_around_one_fit() {
+        for (longest, too_long) in [
+            ("q".repeat(99), "q".repeat(100)),
+            ("ä".repeat(49) + ".jobs", "ä".repeat(50) + ".jobs"),
+        ] {
+            assert_eq!(parsed(&format!("{longest:?}")).unwrap(), [(longest.clone(), 1)]);
+            let queues = RunQueues::new(&longest, &"r".repeat(128), &mark::new_nonce());
+            assert!(queues.cancelled.len() <= 255, "{}", queues.cancelled.len());
+            let error = parsed(&format!("{too_long:?}")).unwrap_err();
+            assert!(error.contains("100 bytes, without .jobs, and may have 99"), "{error}");
+        }
     }
 
     #[test]

@@ -23,6 +23,12 @@ use crate::{AmqpError, put, short};
 /// number behind it, to 200 characters.
 pub const MAX_RUN_BYTES: usize = 128;
 
+/// Hex digits of a nonce.
+pub const NONCE_BYTES: usize = 12;
+
+/// The longest base: `<base>.run.<id>@<nonce>.cancelled` keeps to AMQP's 255 bytes.
+pub const MAX_BASE_BYTES: usize = 255 - ".run.@.cancelled".len() - MAX_RUN_BYTES - NONCE_BYTES;
+
 /// How long a cancel mark is kept. By then the run's jobs are gone.
 const CANCELLED: i64 = 7 * 24 * 3600 * 1000; // ms
 

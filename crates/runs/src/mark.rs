@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
 use angler_amqp::ask::{answer, is_missing, is_unserved, look_at};
-use angler_amqp::run_queues::{IdQueues, RunQueues, declare, kept};
+use angler_amqp::run_queues::{IdQueues, NONCE_BYTES, RunQueues, declare, kept};
 use angler_amqp::turn::{Turn, TurnError};
 use angler_amqp::{AmqpError, short};
 
@@ -61,11 +61,11 @@ impl Mark {
     }
 }
 
-/// Makes a nonce: 12 hex digits.
+/// Makes a nonce.
 pub fn new_nonce() -> String {
     // The standard library's keys of hash tables come from the system's random numbers.
     let random = RandomState::new().hash_one(std::process::id());
-    format!("{random:016x}")[..12].to_owned()
+    format!("{random:016x}")[..NONCE_BYTES].to_owned()
 }
 
 /// Why a mark cannot be read. None of it says that there is no run.
@@ -288,7 +288,7 @@ mod tests {
     fn nonces_differ_and_fit_a_queues_name() {
         let nonces: std::collections::BTreeSet<String> = (0..1000).map(|_| new_nonce()).collect();
         assert_eq!(nonces.len(), 1000);
-        assert!(nonces.iter().all(|nonce| nonce.len() == 12));
+        assert!(nonces.iter().all(|nonce| nonce.len() == NONCE_BYTES));
         assert!(nonces.iter().all(|n| n.chars().all(|c| c.is_ascii_hexdigit())));
     }
 }
