@@ -174,7 +174,7 @@ async fn a_turn_that_a_lost_connection_may_have_is_waited_for() {
     let proxy = Proxy::new(&world.broker.address()).await;
     let url = world.broker.url_through(&proxy.address(), 0);
     world.setup.env.insert("ANGLER__AMQP__URL".into(), url);
-    world.setup.set("log.level", "info,angler::amqp=debug");
+    world.setup.set("log.level", "info,angler_amqp=debug");
     // A broker in a minority hands a turn to a connection and cannot say so, nor take it back.
     let other = world.broker.connect().await;
     let turn = IdQueues::new("angler.jobs", "turn").sender;
