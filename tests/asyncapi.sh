@@ -4,4 +4,4 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 document=$(realpath "${1:-$root/docs/asyncapi.yaml}")
-exec "$root/tests/npm.sh" asyncapi @asyncapi/parser@3.6.3 "$root/tests/contracts/asyncapi.cjs" "$document"
+exec "$root/tests/npm.sh" asyncapi @asyncapi/parser@3.6.3 "$root/tests/servers/contracts/asyncapi.cjs" "$document"

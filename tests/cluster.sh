@@ -24,4 +24,4 @@ trap 'tests/services.sh down "$dir"' EXIT
 tests/services.sh start "$dir"
 tests/services.sh wait "$dir"
 eval "$(tests/services.sh env "$dir")"
-cargo test "${profile[@]}" --test faults cluster -- --ignored --nocapture
+cargo test "${profile[@]}" --test servers faults::cluster:: -- --ignored --nocapture

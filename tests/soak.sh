@@ -35,4 +35,4 @@ trap 'tests/services.sh down "$dir"' EXIT
 tests/services.sh start "$dir"
 tests/services.sh wait "$dir"
 eval "$(tests/services.sh env "$dir")"
-cargo test "${profile[@]}" --test soak -- --ignored --nocapture
+cargo test "${profile[@]}" --test servers soak:: -- --ignored --nocapture

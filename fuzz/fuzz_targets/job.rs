@@ -1,7 +1,7 @@
 #![no_main]
 
 #[allow(dead_code)] // Each target uses one of them.
-#[path = "../../tests/fuzz/targets.rs"]
+#[path = "../../tests/local/fuzz/targets.rs"]
 mod targets;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| targets::job(bytes));

@@ -6,6 +6,7 @@
 mod chart;
 mod compose;
 mod dockerfile;
+mod gpu_bundle;
 mod guide;
 mod monitoring;
 mod package;
