@@ -238,7 +238,10 @@ impl<'a> Collecting<'a> {
         let is_gone = match error.downcast_ref() {
             Some(CollectError::NoRun { .. }) => true,
             Some(
-                CollectError::Busy { .. } | CollectError::Denied { .. } | CollectError::Journal(_),
+                CollectError::Busy { .. }
+                | CollectError::Denied { .. }
+                | CollectError::Elsewhere { .. }
+                | CollectError::Journal(_),
             ) => return Err(error),
             None if error.is::<JournalError>() => return Err(error),
             Some(CollectError::Mark(_)) | None => false,

@@ -244,7 +244,7 @@ impl CancelCommand {
             for queues in &runs {
                 // Before its jobs come back: workers drop those that wait.
                 queues.cancel(&connection).await?;
-                delete(&connection, &[&queues.results]).await?;
+                delete(&connection, &[&queues.results, &queues.taken]).await?;
             }
             Ok(delete(&connection, &[&mark]).await?)
         };

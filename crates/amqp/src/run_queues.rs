@@ -5,6 +5,7 @@
 //!
 //! * `<base>.run.<id>@<nonce>`: the results until they are collected; the jobs name it as `reply_to`.
 //! * `<base>.run.<id>@<nonce>.cancelled`: empty. The run is cancelled if the queue exists.
+//! * `<base>.run.<id>@<nonce>.taken`: empty. A collector has results of the run in its journal if the queue exists.
 //! * `<base>.run.<id>@mark`: the run's mark, where anyone who has the id finds the nonce.
 //! * `<base>.run.<id>@reader`, `@sender` and `@collector`: [turns](crate::turn).
 //!
@@ -29,8 +30,8 @@ pub const NONCE_BYTES: usize = 12;
 /// The longest base: `<base>.run.<id>@<nonce>.cancelled` keeps to AMQP's 255 bytes.
 pub const MAX_BASE_BYTES: usize = 255 - ".run.@.cancelled".len() - MAX_RUN_BYTES - NONCE_BYTES;
 
-/// How long a cancel mark is kept. By then the run's jobs are gone.
-const CANCELLED: i64 = 7 * 24 * 3600 * 1000; // ms
+/// How long a queue is kept that only says something of a run. By then the run's jobs are gone.
+const SAYS: i64 = 7 * 24 * 3600 * 1000; // ms
 
 /// Checks a run id: 1 to 128 of letters, digits, `.`, `_`, `-` and `/`.
 ///
@@ -86,14 +87,16 @@ pub struct RunQueues {
     pub results: String,
     /// Exists if the run is cancelled.
     pub cancelled: String,
+    /// Exists if a collector has taken results.
+    pub taken: String,
 }
 
 impl RunQueues {
     /// Names those of a run in the fleet whose first jobs queue is `jobs`.
     pub fn new(jobs: &str, run: &str, nonce: &str) -> Self {
         let results = format!("{}.run.{run}@{nonce}", base(jobs));
-        let cancelled = format!("{results}.cancelled");
-        Self { id: IdQueues::new(jobs, run), results, cancelled }
+        let (cancelled, taken) = (format!("{results}.cancelled"), format!("{results}.taken"));
+        Self { id: IdQueues::new(jobs, run), results, cancelled, taken }
     }
 
     /// Names those of the run that a job says it belongs to; `None` if it does not say its nonce.
@@ -123,10 +126,16 @@ impl RunQueues {
     /// What the broker said.
     pub async fn cancel(&self, connection: &Connection) -> Result<(), AmqpError> {
         let channel = answer(connection.create_channel()).await?;
-        let mut arguments = kept();
-        arguments.insert(short("x-expires"), AMQPValue::LongLongInt(CANCELLED));
-        declare(&channel, &self.cancelled, arguments).await?;
+        say(&channel, &self.cancelled).await?;
         answer(channel.close(200, "done".into())).await
+    }
+
+    /// Marks results of the run as taken. Nothing is published, so a broker that blocks publishers does it as well.
+    ///
+    /// # Errors
+    /// What the broker said.
+    pub async fn mark_taken(&self, channel: &Channel) -> Result<(), AmqpError> {
+        say(channel, &self.taken).await
     }
 
     /// `true` if the run is cancelled. `channel` confirms, and nothing else is in flight on it.
@@ -152,7 +161,7 @@ impl RunQueues {
     /// What the broker said.
     pub async fn delete(&self, connection: &Connection) -> Result<(), AmqpError> {
         // The mark last: as long as it is there, the id is taken.
-        delete(connection, &[&self.results, &self.cancelled, &self.id.mark]).await
+        delete(connection, &[&self.results, &self.cancelled, &self.taken, &self.id.mark]).await
     }
 }
 
@@ -180,6 +189,13 @@ pub async fn declare(
     let options = QueueDeclareOptions::durable();
     answer(channel.queue_declare(short(name), options, arguments)).await?;
     Ok(())
+}
+
+/// Declares a queue whose existence says something.
+async fn say(channel: &Channel, name: &str) -> Result<(), AmqpError> {
+    let mut arguments = kept();
+    arguments.insert(short("x-expires"), AMQPValue::LongLongInt(SAYS));
+    declare(channel, name, arguments).await
 }
 
 /// Arguments of a queue that loses nothing when a node does.

@@ -15,7 +15,7 @@ use lapin::{Channel, Connection, Consumer};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use angler_amqp::ask::{answer, is_missing, look};
+use angler_amqp::ask::{answer, is_missing, look, look_at};
 use angler_amqp::run_queues::{IdQueues, RunQueues};
 use angler_amqp::turn::{Turn, TurnError};
 use angler_amqp::{AmqpError, AmqpOptions, short};
@@ -93,6 +93,14 @@ pub enum CollectError {
         /// The run's id.
         run: String,
     },
+    /// Another journal has results of the run.
+    #[error(
+        "another command has taken results of run {run}: they are in a journal next to its --out, perhaps on another machine. Repeat that command there, with its --out. If that journal is lost, --partial writes the other results, and its summary says which jobs are missing"
+    )]
+    Elsewhere {
+        /// The run's id.
+        run: String,
+    },
     /// The user lacks a right.
     #[error("run {run} cannot be collected: {}", lacking(.words))]
     Denied {
@@ -163,10 +171,18 @@ pub async fn collect(
             // Without an answer the broker may have given the turn to this connection all the same.
             let patience = std::mem::replace(&mut patience, silence.min(TURN_AGAIN));
             turn(connection, &queues.id, patience).await?;
+            let is_fresh = journal.have().count() == 0 && !until.empty;
+            if is_fresh && look_at(connection, &queues.taken).await?.is_some() {
+                return Err(Failed::Final(CollectError::Elsewhere {
+                    run: journal.run().id.clone(),
+                }));
+            }
             let channel = answer(connection.create_channel()).await?;
             answer(channel.basic_qos(IN_FLIGHT, BasicQosOptions::default())).await?;
             let watch = &watch;
-            let mut taking = Taking { queues, journal, until, channel, watch, last, unacked: None };
+            let (is_marked, unacked) = (false, None);
+            let mut taking =
+                Taking { queues, journal, until, channel, watch, last, is_marked, unacked };
             taking.take(&mut seen).await
         })
         .await?;
@@ -206,6 +222,8 @@ struct Taking<'a> {
     watch: &'a Watch,
     /// When the last result came.
     last: &'a mut Instant,
+    /// Whether the broker knows that results were taken.
+    is_marked: bool,
     /// How many deliveries are not acked, and the last one's tag.
     unacked: Option<(usize, u64)>,
 }
@@ -341,6 +359,10 @@ impl Taking<'_> {
     async fn keep(&mut self) -> Outcome<()> {
         let Some((_, tag)) = self.unacked.take() else { return Ok(()) };
         tokio::task::block_in_place(|| self.journal.sync())?;
+        if !self.is_marked && self.journal.have().count() > 0 {
+            self.queues.mark_taken(&self.channel).await?;
+            self.is_marked = true;
+        }
         answer(self.channel.basic_ack(tag, BasicAckOptions { multiple: true })).await?;
         Ok(())
     }

@@ -93,6 +93,21 @@ pub(super) async fn add(channel: &Channel, jobs: &str, begun: &Begun) -> Result<
     Ok(matches!(answer(adding).await?, Confirmation::Ack(None)))
 }
 
+/// Returns what the list still says of the last run with this id; `None` also if it cannot be read now.
+pub(super) async fn last_of(options: &AmqpOptions, jobs: &str, run: &str) -> Option<Begun> {
+    let looking = async {
+        let mut pass = Pass::open(options, "enqueue", &list(jobs)).await.ok()?;
+        let mut last = None;
+        while let Ok(Some(message)) = pass.next().await {
+            let begun: Option<Begun> = serde_json::from_slice(&message.data).ok();
+            last = begun.filter(|begun| begun.run == run).or(last);
+        }
+        let _ = pass.close().await; // What it holds goes back in any case.
+        last
+    };
+    timeout(LOOK, looking).await.ok().flatten()
+}
+
 /// Lists all runs that were not collected yet, the oldest first.
 ///
 /// # Errors

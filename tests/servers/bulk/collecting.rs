@@ -120,6 +120,33 @@ async fn a_second_command_that_collects_a_run_is_refused_and_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn results_that_another_journal_has_are_not_missed_in_silence() {
+    let world = World::new().await;
+    let jobs = world.begin("split", 4).await;
+    world.answer_all(&jobs[..2]).await;
+    let (code, _, log) = world.collect("split", "a.jsonl", &["--silence", "1"]);
+    assert!(code == 1 && log.contains("2 of 4 jobs have no result"), "{log}");
+    world.answer_all(&jobs[2..]).await;
+    // As after the death of that command's machine.
+    let (code, _, log) = world.collect("split", "b.jsonl", &[]);
+    assert_eq!(code, 1, "{log}");
+    assert!(log.contains("another command has taken results of run split"), "{log}");
+    assert!(!world.path("b.jsonl").exists() && !world.journal("b.jsonl", "split").exists());
+    let (code, _, log) = world.collect("split", "b.jsonl", &["--partial"]);
+    assert!(code == 1 && log.contains("2 of 4 jobs have no result, numbers 0-1"), "{log}");
+    assert_eq!(lines(&world.path("b.jsonl")).len(), 2);
+    let (code, _, log) = world.setup.run(&["runs", "cancel", "split", "--delete"]);
+    assert_eq!(code, 0, "{log}");
+    let left = world.queues("split");
+    assert!(left.len() == 1 && left[0].ends_with(".cancelled"), "{left:?}");
+    // A run that was left alone is collected by the first that comes, and all queues go.
+    let jobs = world.begin("whole", 2).await;
+    world.answer_all(&jobs).await;
+    world.collect_all("whole", "c.jsonl", 2);
+    assert_eq!(world.queues("whole"), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn of_commands_that_start_at_once_one_collects_all_of_a_run() {
     let world = World::new().await;
     let jobs = world.begin("rush", 600).await;

@@ -251,7 +251,8 @@ async fn a_connection_that_is_lost_costs_no_job() {
     }
     let status = eventually("the command ends", async || sending.0.try_wait().unwrap()).await;
     let log = log(&world, "log");
-    assert_eq!((status.code(), proxy.accepted()), (Some(0), 4), "{log}");
+    // One that reads the list of runs, the first that sends, and three after it.
+    assert_eq!((status.code(), proxy.accepted()), (Some(0), 5), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -446,8 +447,12 @@ async fn a_job_of_an_older_run_with_the_same_id_has_no_part_in_the_new_one() {
         world.answer(job).await;
     }
     assert_eq!(world.collect("again", "old.jsonl", &[]).0, 0);
+    let told = "the last run with this id was collected or deleted; beginning it again";
     // The id is free, for the same images too.
-    assert_eq!(world.enqueue(&list, "again", &["--per-job", "1"]).0, 0);
+    let (code, _, log) = world.enqueue(&list, "again", &["--per-job", "1"]);
+    assert!(code == 0 && log.contains(told), "{log}");
+    let (code, _, log) = world.enqueue(&list, "another", &["--per-job", "1"]);
+    assert!(code == 0 && !log.contains(told), "{log}");
     let new = take_all(&mut jobs, 2).await;
     assert_ne!(world.results("again"), old_results);
     assert_ne!(old[0].body["run"]["nonce"], new[0].body["run"]["nonce"]);

@@ -214,6 +214,15 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
             }
             // A sender that was killed in between leaves an empty queue. It had sent nothing.
             Look::Missing | Look::Empty => {
+                if let Some(last) = registry::last_of(target.options, target.first, &plan.run).await
+                {
+                    tracing::warn!(
+                        run = plan.run,
+                        begun = last.at,
+                        jobs = last.jobs,
+                        "the last run with this id was collected or deleted; beginning it again, with all its jobs"
+                    );
+                }
                 marker.declare().await?;
                 let mark = Mark {
                     run: plan.run.clone(),
