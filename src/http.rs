@@ -2,9 +2,9 @@
 //!
 //! * `/livez` and `/readyz`: whether the process should be restarted, because work in it is stuck,
 //!   and whether it takes work.
-//! * `/metrics`: what it counts, for Prometheus ([`metrics`]).
-//! * `/status`: what it runs, serves, does and waits for, as JSON ([`status`]).
-//! * `/`: the same for people ([`page`]).
+//! * `/metrics`: what it counts, for Prometheus (`metrics`).
+//! * `/status`: what it runs, serves, does and waits for, as JSON (`status`).
+//! * `/`: the same for people (`page`).
 
 mod metrics;
 mod page;

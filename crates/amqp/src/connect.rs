@@ -1,7 +1,7 @@
 //! Opens a connection to one of the brokers of `amqp.url`.
 //!
 //! The addresses are tried in random order, so that a fleet spreads over the nodes of a cluster. The
-//! next address is tried when one fails, or when none has answered for [`HEAD_START`]; the first
+//! next address is tried when one fails, or when none has answered for `HEAD_START`; the first
 //! connection that the broker opens is used. So a node that takes connections and says nothing
 //! costs seconds, and one that is only slow is still waited for. The IP addresses of a host name
 //! are tried in the same way.

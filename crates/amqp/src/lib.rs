@@ -3,6 +3,9 @@
 //! The reconnect loop is ours: a connection that is lost is replaced after a growing, jittered
 //! pause, for as long as it takes. Consuming and publishing have a connection each, so that a
 //! broker that blocks publishers (memory or disk alarm) does not stop acks.
+//!
+//! This crate adapts the ports of [`angler_core`] and knows no store and no model. Read [`topology`]
+//! first, then [`source`] and [`publisher`].
 
 pub mod address;
 pub mod ask;

@@ -6,7 +6,7 @@
 //! ends after as many messages as were there at its start, so that messages that arrive meanwhile do
 //! not make it endless.
 //!
-//! Messages arrive in windows ([`Window`]), so that only one window of bodies is in memory, however
+//! Messages arrive in windows (`Window`), so that only one window of bodies is in memory, however
 //! long the queue is.
 //!
 //! The broker closes a channel on which a message is unacked for longer than its `consumer_timeout`,

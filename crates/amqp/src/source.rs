@@ -4,7 +4,7 @@
 //! their `lost` token is cancelled and work on them stops. Then the loop connects anew.
 //!
 //! A delivery that came back to the broker before may be of a job that kills the process: see
-//! [`apart`]. What a worker gives back on purpose is published again instead, and does not count.
+//! `apart`. What a worker gives back on purpose is published again instead, and does not count.
 
 mod acks;
 mod apart;

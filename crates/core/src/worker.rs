@@ -12,11 +12,11 @@
 //!   what killed them.
 //! * **No jobs while the store cannot be used**: they would only spend their attempts.
 
+mod core;
 mod job_task;
 mod job_tracking;
 mod suspect_schedule;
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,14 +25,12 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use angler_inference::embed::Backend;
-use angler_metrics::Metrics;
 use angler_metrics::trace::Traces;
 use angler_wire::error::FatalError;
 
+use self::core::{Core, places};
 use crate::class_sets::catalog::Catalog;
 use crate::class_sets::shadow::Shadow;
-use crate::outage_detector::Outage;
 use crate::pipeline::Pipeline;
 use crate::retry::RetrySchedule;
 use crate::sink::ResultSink;
@@ -72,18 +70,6 @@ pub struct WorkerOptions {
 pub struct Worker {
     source: Box<dyn JobSource>,
     core: Arc<Core>,
-}
-
-/// What every job's task shares.
-struct Core {
-    sink: Arc<dyn ResultSink>,
-    pipeline: Arc<Pipeline>,
-    catalog: Arc<Catalog>,
-    options: WorkerOptions,
-    /// Whether results have not been accepted for too long.
-    stuck: Option<watch::Receiver<bool>>,
-    /// Changes when all jobs in hand are given back.
-    recall: watch::Sender<()>,
 }
 
 /// What the worker does next.
@@ -150,7 +136,9 @@ impl Worker {
             let Some(next) = core.meanwhile(next, stop, jobs).await? else { return Ok(()) };
             match next? {
                 Next::Job(None) => return Ok(()),
-                Next::Job(Some((delivery, slot))) => core.start(*delivery, slot, stop, jobs).await,
+                Next::Job(Some((delivery, slot))) => {
+                    job_task::start(&core, *delivery, slot, stop, jobs).await
+                }
                 Next::Outage(reason) => {
                     self.source.pause(reason).await;
                     let over = async {
@@ -233,7 +221,7 @@ impl Worker {
                 self.source.end_turn().await;
                 return Ok(Some(()));
             };
-            core.start(delivery, alone, stop, jobs).await;
+            job_task::start(&core, delivery, alone, stop, jobs).await;
             // Until it is settled.
             let again = core.meanwhile(core.all_places(slots), stop, jobs).await?;
             let Some(again) = again else { return Ok(None) };
@@ -243,129 +231,5 @@ impl Worker {
         suspects.had_their_turn();
         self.source.end_turn().await;
         Ok(Some(()))
-    }
-}
-
-/// Waits for `count` of the places that admitted jobs hold.
-async fn places(slots: &Arc<Semaphore>, count: u32) -> OwnedSemaphorePermit {
-    match Arc::clone(slots).acquire_many_owned(count).await {
-        Ok(places) => places,
-        Err(_) => std::future::pending().await, // Nobody closes it.
-    }
-}
-
-/// A job task's own result, or its panic as a fatal error: a job that vanished unsettled would
-/// wait for ever on a healthy connection.
-fn ended_well(
-    ended: Result<Result<(), FatalError>, tokio::task::JoinError>,
-) -> Result<(), FatalError> {
-    ended.unwrap_or_else(|e| Err(FatalError::Engine(format!("a job's task panicked: {e}"))))
-}
-
-impl Core {
-    /// Awaits `work` and looks after the jobs meanwhile; none if the worker is to stop.
-    async fn meanwhile<T>(
-        &self,
-        work: impl Future<Output = T>,
-        stop: &CancellationToken,
-        jobs: &mut JoinSet<Result<(), FatalError>>,
-    ) -> Result<Option<T>, FatalError> {
-        let engine = self.pipeline.engine();
-        tokio::pin!(work);
-        loop {
-            tokio::select! {
-                biased;
-                () = stop.cancelled() => return Ok(None),
-                fatal = engine.broken() => return Err(fatal),
-                Some(ended) = jobs.join_next() => ended_well(ended)?,
-                done = &mut work => return Ok(Some(done)),
-            }
-        }
-    }
-
-    /// Jobs in hand at once, at most.
-    fn places(&self) -> u32 {
-        u32::try_from(self.options.jobs_in_flight.max(1)).unwrap_or(u32::MAX)
-    }
-
-    /// Waits until no job is in hand; `None` if jobs cannot end because results are not accepted.
-    async fn all_places(&self, slots: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
-        tokio::select! {
-            biased;
-            () = self.is_stuck() => None,
-            places = places(slots, self.places()) => Some(places),
-        }
-    }
-
-    async fn is_stuck(&self) {
-        // A sink that is gone is not stuck.
-        if !self.stuck_is(true).await {
-            std::future::pending::<()>().await;
-        }
-    }
-
-    async fn is_no_longer_stuck(&self) {
-        self.stuck_is(false).await;
-    }
-
-    /// Waits for this state; returns `false` if that can never be.
-    async fn stuck_is(&self, wanted: bool) -> bool {
-        match self.stuck.clone() {
-            Some(mut stuck) => stuck.wait_for(|stuck| *stuck == wanted).await.is_ok(),
-            None => !wanted,
-        }
-    }
-
-    async fn store_is_away(&self) -> &'static str {
-        match self.pipeline.outage() {
-            Some(outage) => outage.began().await,
-            None => std::future::pending().await,
-        }
-    }
-
-    fn store_is_out(&self) -> bool {
-        self.pipeline.outage().is_some_and(Outage::is_on)
-    }
-
-    async fn store_is_back(&self) {
-        if let Some(outage) = self.pipeline.outage() {
-            outage.over().await;
-        }
-    }
-
-    /// Waits for the admitted jobs until the grace period is over.
-    async fn drain(
-        &self,
-        jobs: &mut JoinSet<Result<(), FatalError>>,
-        until: Instant,
-    ) -> Result<(), FatalError> {
-        let engine = self.pipeline.engine().clone();
-        let all = async {
-            loop {
-                tokio::select! {
-                    biased;
-                    fatal = engine.broken() => return Err(fatal),
-                    ended = jobs.join_next() => match ended {
-                        Some(ended) => ended_well(ended)?,
-                        None => return Ok(()),
-                    },
-                }
-            }
-        };
-        match timeout_at(until, all).await {
-            Ok(outcome) => outcome,
-            Err(_) => {
-                let seconds = self.options.grace.as_secs();
-                Err(FatalError::DrainTimedOut { jobs: jobs.len(), seconds })
-            }
-        }
-    }
-
-    fn metrics(&self) -> &Arc<Metrics> {
-        self.pipeline.metrics()
-    }
-
-    fn backend(&self) -> Backend {
-        self.pipeline.engine().backend()
     }
 }

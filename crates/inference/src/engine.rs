@@ -1,9 +1,9 @@
 //! The engine: one image in, its best classes out; batches form inside, across jobs.
 //!
 //! Whoever has decoded an image claims a [`Frame`] ([`Engine::frame`]), writes the pixels into it
-//! and submits it ([`Engine::submit`]). One task, the [`batcher`], collects images and closes
+//! and submits it ([`Engine::submit`]). One task, the `batcher`, collects images and closes
 //! batches by policy. Each embedder is owned by an OS thread, the [`executor`], which embeds a
-//! batch, scores it (or lets the back end do so: [`scoring`]) and answers. The channel between them
+//! batch, scores it (or lets the back end do so: `scoring`) and answers. The channel between them
 //! holds one batch: that is the prefetch, and all of it. Frames are parts of the buffer that the
 //! embedder reads ([`frames`]), so pixels are written once.
 

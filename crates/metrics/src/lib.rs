@@ -4,6 +4,10 @@
 //! global one. Recording is a few atomic operations on numbers that exist from the start: no lock, no
 //! allocation, no look-up of a label. Only what fails is also written down, in a short list.
 //! docs/metrics.md says what each name means.
+//!
+//! Nothing here knows the parts that record: they hand over plain numbers, codes and names. Read
+//! [`Metrics`] first, then [`trace`] for spans, [`stopwatch`] for an image's own time, and [`progress`]
+//! for work that no deadline ends.
 
 mod families;
 pub mod progress;

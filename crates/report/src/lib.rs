@@ -11,7 +11,7 @@
 //! is cut, and the page says so.
 //!
 //! ```
-//! use angler::page::{Align, Cell, Page, table};
+//! use angler_report::{Align, Cell, Page, table};
 //!
 //! let mut page = Page::new("Evaluation", "bottles@7");
 //! page.facts(&[("right", "97.3%".into(), Some("of 1,200 images".into()))]);

@@ -5,6 +5,8 @@
 //! setting to look at. The system's authorities stay trusted beside those of a `ca_file`; a
 //! container that has none needs the file and nothing else.
 //!
+//! Shared by the adapters of the broker and the store, and knows neither. Begin with [`BROKER`].
+//!
 //! Nothing here quotes a file: a key that is pasted into the wrong one must not end up in a log.
 
 use std::error::Error;

@@ -1,8 +1,6 @@
 //! Class vectors: one immutable version of one class set, ready to score against.
 //!
-//! A version comes from a file ([`mod@file`]), from images ([`build`]), or out of the [`catalog`],
-//! which finds the active version and keeps what it loaded. Whoever holds an `Arc<ClassVectors>`
-//! keeps its version alive; nothing is ever changed in place.
+//! An `Arc<ClassVectors>` keeps its version alive; nothing is ever changed in place.
 
 use std::collections::{BTreeMap, HashMap};
 

@@ -70,14 +70,14 @@ pub struct Class {
     pub label: String,
     /// How many images it has.
     pub count: usize,
-    /// The sum of their unit embeddings, [D].
+    /// The sum of their unit embeddings, `[D]`.
     pub sum: Vec<f64>,
     /// Their rows among those kept; empty if none were kept.
     pub rows: Vec<usize>,
 }
 
 impl Class {
-    /// Adds an image's unit embedding, [D].
+    /// Adds an image's unit embedding, `[D]`.
     pub fn add(&mut self, embedding: &[f32]) {
         self.sum.resize(embedding.len(), 0.0);
         for (sum, value) in self.sum.iter_mut().zip(embedding) {
@@ -86,7 +86,7 @@ impl Class {
         self.count += 1;
     }
 
-    /// The mean, normalised, [D]; none if it has no direction.
+    /// The mean, normalised, `[D]`; none if it has no direction.
     pub fn mean(&self) -> Option<Array1<f32>> {
         let mut mean: Array1<f32> =
             self.sum.iter().map(|sum| (sum / self.count as f64) as f32).collect();

@@ -1,7 +1,7 @@
 //! Reference images, one folder a class, embedded: what class vectors are built from.
 //!
 //! The images go the way of every image ([`crate::pipeline`]); what becomes of their embeddings is
-//! in [`super::embedded`].
+//! in [`angler_vectors::reference_embeddings`].
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;

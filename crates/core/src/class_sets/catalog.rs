@@ -9,7 +9,7 @@
 //!
 //! Pinned versions are loaded on demand, one load for all who wait for it. They are kept in a cache
 //! bounded in bytes, together with the versions of sets that no job has asked for lately
-//! ([`IDLE`]): the least recently used are dropped first, and none that a job uses.
+//! (`IDLE`): the least recently used are dropped first, and none that a job uses.
 
 mod set;
 

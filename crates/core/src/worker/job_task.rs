@@ -20,11 +20,11 @@ use angler_wire::job::{
     Embedding, ImageEntry, ImageRef, Job, JobResult, Outcome, Provenance, Verdict,
 };
 
-use super::Core;
+use super::core::Core;
 use crate::outage_detector::Outage;
 use crate::sink::SinkError;
 use crate::source::{Delivery, Reply, Settlement};
-use crate::worker::job_tracking::Underway;
+use crate::worker::job_tracking::JobTracking;
 
 /// Images of a suspect in flight at once. If what ended the worker was too little memory for many
 /// large images at once, it now passes.
@@ -54,39 +54,44 @@ struct Admitted {
     images: Vec<AbortOnDropHandle<Result<Scored, SubmitError>>>,
 }
 
-impl Core {
-    /// Starts a job, which holds its place until it is settled.
-    pub(super) async fn start(
-        self: &Arc<Self>,
-        delivery: Delivery,
-        slot: OwnedSemaphorePermit,
-        stop: &CancellationToken,
-        jobs: &mut JoinSet<Result<(), FatalError>>,
-    ) {
-        let core = Arc::clone(self);
-        let underway = Underway::begin(&core, &delivery);
-        let recalled = core.recall.subscribe();
-        // Class vectors that are not in memory are loaded beside the way: the jobs behind this one
-        // do not wait for them.
-        if core.must_load(&delivery) {
-            let stop = stop.clone();
-            jobs.spawn(async move {
-                let _slot = slot;
-                let admitted = core.admit(&delivery, &stop, &underway).await;
-                core.finish(delivery, admitted, underway, recalled).await
-            });
-            return;
-        }
-        let admitted = core.admit(&delivery, stop, &underway).await;
+/// Starts a job, which holds its place until it is settled.
+pub(super) async fn start(
+    core: &Arc<Core>,
+    delivery: Delivery,
+    slot: OwnedSemaphorePermit,
+    stop: &CancellationToken,
+    jobs: &mut JoinSet<Result<(), FatalError>>,
+) {
+    let job = JobTask { tracking: JobTracking::begin(core, &delivery), core: Arc::clone(core) };
+    let recalled = core.recall.subscribe();
+    // Class vectors that are not in memory are loaded beside the way: the jobs behind this one
+    // do not wait for them.
+    if job.must_load(&delivery) {
+        let stop = stop.clone();
         jobs.spawn(async move {
             let _slot = slot;
-            core.finish(delivery, admitted, underway, recalled).await
+            let admitted = job.admit(&delivery, &stop).await;
+            job.finish(delivery, admitted, recalled).await
         });
+        return;
     }
+    let admitted = job.admit(&delivery, stop).await;
+    jobs.spawn(async move {
+        let _slot = slot;
+        job.finish(delivery, admitted, recalled).await
+    });
+}
 
-    /// Whether the job's class vectors are not in memory yet.
+/// One job, from its receipt to its settlement.
+struct JobTask {
+    core: Arc<Core>,
+    tracking: JobTracking,
+}
+
+impl JobTask {
+    /// Returns whether the job's class vectors are not in memory yet.
     fn must_load(&self, delivery: &Delivery) -> bool {
-        delivery.job.as_ref().is_ok_and(|job| self.catalog.loaded(&job.classes).is_none())
+        delivery.job.as_ref().is_ok_and(|job| self.core.catalog.loaded(&job.classes).is_none())
     }
 
     /// Chooses the version and starts every image, each as soon as there is a place for it.
@@ -94,9 +99,8 @@ impl Core {
         &self,
         delivery: &Delivery,
         stop: &CancellationToken,
-        underway: &Underway,
     ) -> Result<Admitted, JobError> {
-        let _step = underway.step("admit");
+        let _step = self.tracking.step("admit");
         let job = delivery.job.as_ref().map_err(|unworkable| unworkable.failure.clone())?;
         let classes = tokio::select! {
             biased;
@@ -104,8 +108,9 @@ impl Core {
             () = delivery.lost.cancelled() => return Err(JobError::Abandoned("its connection is gone")),
             classes = self.resolve(job) => classes?,
         };
-        let candidate = self.options.shadow.as_ref().and_then(|shadow| shadow.beside(&classes));
-        let deadline = Instant::now() + self.options.job_time;
+        let candidate =
+            self.core.options.shadow.as_ref().and_then(|shadow| shadow.beside(&classes));
+        let deadline = Instant::now() + self.core.options.job_time;
         let mut images = Vec::with_capacity(job.images.len());
         let few = delivery.suspect.then(|| Arc::new(Semaphore::new(SUSPECT_IMAGES)));
         for ImageRef { uri, .. } in &job.images {
@@ -123,7 +128,7 @@ impl Core {
                 top_k: job.top_k.max(2),
                 embedding: job.embeddings,
                 shadow: candidate.clone(),
-                trace: underway.sent_trace(),
+                trace: self.tracking.sent_trace(),
                 watch: None,
             };
             images.push(self.start_image(uri.clone(), want, slot));
@@ -133,15 +138,15 @@ impl Core {
 
     /// The version that a job is scored against, unless its run was cancelled.
     async fn resolve(&self, job: &Job) -> Result<Arc<ClassVectors>, JobError> {
-        if let (Some(run), Some(cancellations)) = (&job.run, &self.options.cancellations)
+        if let (Some(run), Some(cancellations)) = (&job.run, &self.core.options.cancellations)
             && cancellations.is_cancelled(run).await
         {
             let reason = format!("run {} was cancelled", run.id);
             return Err(Failure::new(FailureCode::Cancelled, reason).into());
         }
-        let classes = self.catalog.resolve(&job.classes).await;
+        let classes = self.core.catalog.resolve(&job.classes).await;
         if matches!(classes, Err(ClassesError::Unavailable(_))) {
-            self.pipeline.suspect_store().await;
+            self.core.pipeline.suspect_store().await;
         }
         Ok(classes?)
     }
@@ -153,7 +158,7 @@ impl Core {
             Some(few) => Arc::clone(few).acquire_owned().await.ok(),
             None => None,
         };
-        (self.pipeline.slot().await, few)
+        (self.core.pipeline.slot().await, few)
     }
 
     fn start_image(
@@ -162,7 +167,7 @@ impl Core {
         want: Want,
         (slot, few): Place,
     ) -> AbortOnDropHandle<Result<Scored, SubmitError>> {
-        let pipeline = Arc::clone(&self.pipeline);
+        let pipeline = Arc::clone(&self.core.pipeline);
         let image = async move {
             let _few = few;
             pipeline.image(&uri, want, slot).await
@@ -176,27 +181,26 @@ impl Core {
         &self,
         delivery: Delivery,
         admitted: Result<Admitted, JobError>,
-        underway: Underway,
         mut recalled: watch::Receiver<()>,
     ) -> Result<(), FatalError> {
         let lost = delivery.lost.clone();
-        let Underway { id, run, .. } = &underway;
+        let JobTracking { id, run, .. } = &self.tracking;
         tokio::select! {
             // First: what is lost is not given back as well.
             biased;
             () = lost.cancelled() => {
-                underway.lost();
-                let trace_id = underway.trace_id();
+                self.tracking.lost();
+                let trace_id = self.tracking.trace_id();
                 tracing::info!(job = id, run, trace_id, "let go: its connection is gone, so it is delivered again");
                 Ok(())
             }
             _ = recalled.changed() => {
-                underway.settled(&Settlement::Requeue, false);
-                let trace_id = underway.trace_id();
+                self.tracking.settled(&Settlement::Requeue, false);
+                let trace_id = self.tracking.trace_id();
                 tracing::info!(job = id, run, trace_id, "handed back: its result is not accepted");
                 Ok(())
             }
-            done = self.conclude(delivery, admitted, &underway) => done,
+            done = self.conclude(delivery, admitted) => done,
         }
     }
 
@@ -204,11 +208,10 @@ impl Core {
         &self,
         delivery: Delivery,
         admitted: Result<Admitted, JobError>,
-        underway: &Underway,
     ) -> Result<(), FatalError> {
         let Delivery { mut job, attempt, reply, mut settle, .. } = delivery;
         let outcome = match (&mut job, admitted) {
-            (Ok(job), Ok(admitted)) => self.collect(job, admitted, attempt, underway).await,
+            (Ok(job), Ok(admitted)) => self.collect(job, admitted, attempt).await,
             (_, Err(error)) => Err(error),
             (Err(unworkable), Ok(_)) => Err(unworkable.failure.clone().into()),
         };
@@ -219,7 +222,7 @@ impl Core {
         let (outcome, settlement) = match self.judge(outcome, attempt) {
             Ok(terminal) => terminal,
             Err((settlement, reason)) => {
-                let (run, trace_id) = (&underway.run, underway.trace_id());
+                let (run, trace_id) = (&self.tracking.run, self.tracking.trace_id());
                 tracing::info!(
                     job = id,
                     run,
@@ -229,11 +232,11 @@ impl Core {
                     "job not finished: {reason}"
                 );
                 if matches!(settlement, Settlement::Retry { .. }) {
-                    underway.failed("transient", &reason);
+                    self.tracking.failed("transient", &reason);
                 }
                 match settle.settle(settlement.clone()).await {
                     None => {
-                        underway.settled(&settlement, false);
+                        self.tracking.settled(&settlement, false);
                         return Ok(());
                     }
                     Some(unsettled) => {
@@ -248,19 +251,19 @@ impl Core {
             Outcome::Failed { .. } => 1,
         };
         let finished_at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
-        let worker = self.options.name.clone();
+        let worker = self.core.options.name.clone();
         let mut result = JobResult { id, outcome, run, attempt, worker, finished_at };
-        let clock = self.metrics().clock();
-        let step = underway.step("publish");
+        let clock = self.core.metrics().clock();
+        let step = self.tracking.step("publish");
         self.publish(&mut result, &reply).await?;
-        self.metrics().step_of(Stage::Publish, clock.spent(), images);
+        self.core.metrics().step_of(Stage::Publish, clock.spent(), images);
         drop(step);
         let failed = matches!(result.outcome, Outcome::Failed { .. });
         // Now that the broker has its result: one that is lost before that fails anew elsewhere.
         if let Outcome::Failed { error } = &result.outcome {
-            self.metrics().job_failed(&result.id, error);
-            underway.failed(error.code.as_str(), &error.message);
-            let (job, run, trace_id) = (&result.id, &underway.run, underway.trace_id());
+            self.core.metrics().job_failed(&result.id, error);
+            self.tracking.failed(error.code.as_str(), &error.message);
+            let (job, run, trace_id) = (&result.id, &self.tracking.run, self.tracking.trace_id());
             // Of a run that was cancelled there may be thousands; that it was is said once.
             match error.code {
                 FailureCode::Cancelled => tracing::debug!(job, run, trace_id, "{error}"),
@@ -271,13 +274,13 @@ impl Core {
         }
         // Only a retry could be impossible.
         settle.settle(settlement.clone()).await;
-        underway.settled(&settlement, failed);
+        self.tracking.settled(&settlement, failed);
         Ok(())
     }
 
     /// Publishes a result. If that is too large, the result becomes a small failure that says so.
     async fn publish(&self, result: &mut JobResult, reply: &Reply) -> Result<(), FatalError> {
-        let too_large = match self.sink.publish(result, reply).await {
+        let too_large = match self.core.sink.publish(result, reply).await {
             Ok(()) => return Ok(()),
             Err(SinkError::Fatal(error)) => return Err(error),
             Err(error @ SinkError::TooLarge { .. }) => error,
@@ -288,7 +291,7 @@ impl Core {
         );
         let error = Failure::new(FailureCode::ResultTooLarge, message);
         result.outcome = Outcome::Failed { error };
-        match self.sink.publish(result, reply).await {
+        match self.core.sink.publish(result, reply).await {
             Ok(()) => Ok(()),
             Err(SinkError::Fatal(error)) => Err(error),
             // No result at all fits.
@@ -302,9 +305,8 @@ impl Core {
         job: &mut Job,
         admitted: Admitted,
         attempt: u32,
-        underway: &Underway,
     ) -> Result<Outcome, JobError> {
-        let _step = underway.step("collect");
+        let _step = self.tracking.step("collect");
         let Admitted { classes, candidate, deadline, images } = admitted;
         let mut entries = Vec::with_capacity(images.len());
         let mut failed = 0;
@@ -316,33 +318,34 @@ impl Core {
             };
             let verdict = match outcome {
                 Ok(scored) => {
-                    if let (Some(shadow), Some(candidate)) = (&self.options.shadow, &candidate) {
+                    if let (Some(shadow), Some(candidate)) = (&self.core.options.shadow, &candidate)
+                    {
                         let now = Opinion::of(&classes, &scored.top, job.min_score);
                         let then = Opinion::of(candidate, &scored.shadow, job.min_score);
                         shadow.count(&uri, &classes.id(), now, then);
                     }
                     let mut classified = classes.classified(&scored.top, job.top_k, job.min_score);
-                    self.metrics().classified(classified.label.is_some());
+                    self.core.metrics().classified(classified.label.is_some());
                     classified.embedding = scored.embedding.map(Embedding);
                     Verdict::Labelled(classified)
                 }
                 Err(error) => {
                     failed += 1;
-                    let (run, trace_id) = (&underway.run, underway.trace_id());
+                    let (run, trace_id) = (&self.tracking.run, self.tracking.trace_id());
                     let code = &error.code;
                     tracing::debug!(job = job.id, run, trace_id, uri, %code, "image failed: {error}");
-                    self.metrics().image_failed(&job.id, &uri, &error);
+                    self.core.metrics().image_failed(&job.id, &uri, &error);
                     Verdict::Failed { error }
                 }
             };
             entries.push(ImageEntry { uri, id, verdict });
         }
-        underway.scored(&classes.id(), failed);
+        self.tracking.scored(&classes.id(), failed);
         self.tell_unless_transient(&mut entries, attempt).await?;
         let provenance = Provenance {
             classes: classes.id(),
-            model: self.options.model.clone(),
-            backend: self.backend().as_str().to_owned(),
+            model: self.core.options.model.clone(),
+            backend: self.core.backend().as_str().to_owned(),
         };
         Ok(Outcome::Done { provenance, images: entries })
     }
@@ -365,7 +368,7 @@ impl Core {
             .collect();
         // By now an image may have been read, and then a denial can be told from a missing grant.
         if let Some(denied) = errors.iter().find(|e| e.fault == StoreFault::Unconfirmed) {
-            let fault = self.pipeline.explain((**denied).clone()).await.fault;
+            let fault = self.core.pipeline.explain((**denied).clone()).await.fault;
             let unconfirmed = errors.iter_mut().filter(|e| e.fault == StoreFault::Unconfirmed);
             unconfirmed.for_each(|e| e.fault = fault);
             errors.retain(|e| e.is_transient());
@@ -374,10 +377,10 @@ impl Core {
             return Err(JobError::Abandoned("the store cannot be used"));
         }
         let Some(first) = errors.first() else { return Ok(()) };
-        let again = self.options.retry.delay_after(attempt).is_some();
+        let again = self.core.options.retry.delay_after(attempt).is_some();
         let unavailable = |e: &&mut ImageError| e.code == ImageErrorCode::StorageUnavailable;
         let nothing_known = errors.len() == images && errors.iter().all(unavailable);
-        if again || (nothing_known && !self.options.every_image) {
+        if again || (nothing_known && !self.core.options.every_image) {
             return Err(JobError::transient(first.message.as_str()));
         }
         Ok(())
@@ -408,7 +411,7 @@ impl Core {
             ImageErrorCode::Timeout,
             format!(
                 "its job was not finished within {} s (limits.job_seconds)",
-                self.options.job_time.as_secs_f64()
+                self.core.options.job_time.as_secs_f64()
             ),
         )
     }
@@ -427,11 +430,11 @@ impl Core {
             }
             // The attempt was none: it could not have ended otherwise.
             Err(JobError::Transient(error))
-                if self.pipeline.outage().is_some_and(Outage::is_certain) =>
+                if self.core.pipeline.outage().is_some_and(Outage::is_certain) =>
             {
                 return Err((Settlement::Requeue, error));
             }
-            Err(JobError::Transient(error)) => match self.options.retry.delay_after(attempt) {
+            Err(JobError::Transient(error)) => match self.core.options.retry.delay_after(attempt) {
                 Some(delay) => {
                     return Err((Settlement::Retry { delay, error: error.clone() }, error));
                 }

@@ -1,4 +1,4 @@
-//! A job that is underway, as others see it: a number of the metrics, a span, fields of log lines.
+//! A job, as others see it: a number of the metrics, a span, fields of log lines.
 
 use std::sync::Arc;
 
@@ -6,11 +6,11 @@ use angler_metrics::trace::{JobFacts, JobTrace, Step, Traces};
 use angler_metrics::{JobEnd, JobInFlight};
 use angler_wire::job::Run;
 
-use super::Core;
+use super::core::Core;
 use crate::source::{Delivery, Settlement};
 
 /// From a job's receipt to its settlement, however it ends.
-pub(super) struct Underway {
+pub(super) struct JobTracking {
     /// The job's id.
     pub id: String,
     /// Its run's, if it belongs to one.
@@ -19,7 +19,7 @@ pub(super) struct Underway {
     trace: Option<JobTrace>,
 }
 
-impl Underway {
+impl JobTracking {
     pub fn begin(core: &Core, delivery: &Delivery) -> Self {
         let (id, run) = match &delivery.job {
             Ok(job) => (&job.id, &job.run),
@@ -101,7 +101,7 @@ impl Underway {
     }
 }
 
-impl Drop for Underway {
+impl Drop for JobTracking {
     /// A drain that took too long, or an engine that broke: the delivery comes back. Of a span that
     /// has ended nothing changes.
     fn drop(&mut self) {

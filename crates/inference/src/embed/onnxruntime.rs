@@ -2,7 +2,7 @@
 //! starts without it.
 //!
 //! Honesty: an execution provider that was asked for must be registered or the session is not
-//! made, and which provider executes each node is read from the session ([`assignment`]): on a GPU
+//! made, and which provider executes each node is read from the session (`assignment`): on a GPU
 //! none that computes may be the CPU's. What the session reports is therefore what executes.
 
 mod assignment;

@@ -2,7 +2,7 @@
 //! reads.
 //!
 //! A *slab* is one buffer of [N, H, W, 3] bytes, N the most images in a batch. It is split into
-//! frames, one an image, which are handed to whoever writes an image ([`Frames::claim`]) and are
+//! frames, one an image, which are handed to whoever writes an image (`Frames::claim`) and are
 //! his alone until he submits or drops them. When a batch closes, its slab is *sealed*: no more
 //! frames of it are handed out, those that are being written are waited for (a frame is claimed
 //! only once its image is decoded, so that takes a fraction of a millisecond), and what was written

@@ -12,7 +12,7 @@
 //! The length is taken in two steps, because squares overflow f32 long before values do: divided
 //! by the sum of its magnitudes an embedding has values of at most 1. An embedding that is zero or
 //! not finite has [`LENGTH`] NaN; its rows mean nothing. Only operators are used whose CUDA
-//! kernels cover every opset from [`OLDEST_OPSET`] on (ReduceMax, for example, has a gap).
+//! kernels cover every opset from `OLDEST_OPSET` on (ReduceMax, for example, has a gap).
 
 use prost::Message;
 use tract_onnx::pb::{
@@ -26,7 +26,7 @@ use super::{Model, ModelError};
 
 /// Input: f32 [rows, dim], unit rows.
 pub const CLASSES: &str = "angler_classes";
-/// Input: i64 [1], how many rows are listed, at most as many as there are.
+/// Input: i64 `[1]`, how many rows are listed, at most as many as there are.
 pub const COUNT: &str = "angler_count";
 /// Output: f32 [N, dim], not normalised.
 pub const EMBEDDING: &str = "angler_embedding";

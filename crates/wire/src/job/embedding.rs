@@ -7,7 +7,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// A normalised embedding, [D]. In a result it is base64 (RFC 4648, padded) of little-endian f32,
+/// A normalised embedding, `[D]`. In a result it is base64 (RFC 4648, padded) of little-endian f32,
 /// written straight into the message: with a thousand images in a job the text alone would take
 /// megabytes beside it.
 #[derive(Debug, Clone, PartialEq)]
