@@ -17,7 +17,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use angler_amqp::AmqpOptions;
-use angler_amqp::control::ControlListener;
+use angler_amqp::control_listener::ControlListener;
 use angler_amqp::losses::Losses;
 use angler_amqp::publisher::Publisher;
 use angler_amqp::sink::AmqpSink;

@@ -12,6 +12,7 @@ pub mod ask;
 pub mod cancelled;
 pub mod connect;
 pub mod control;
+pub mod control_listener;
 pub mod dead;
 pub mod inspect;
 pub mod losses;
