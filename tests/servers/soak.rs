@@ -41,7 +41,6 @@ fn ask(variable: &str, default: f64) -> f64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "half a minute of faults may end in minutes of recovery: tests/soak.sh runs it"]
 async fn whatever_fails_every_job_ends_once() {
     let minutes = ask("ANGLER_SOAK_MINUTES", 0.5);
     let seed = ask("ANGLER_SOAK_SEED", 1.0) as u64;
