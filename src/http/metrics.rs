@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use prometheus::core::Collector;
 use prometheus::{Counter, Gauge, GaugeVec, IntCounterVec, Opts, Registry, TextEncoder};
+use strum::VariantArray;
 
 use angler_core::outage_detector::Cause;
 use angler_wire::control::SetStatus;
@@ -62,7 +63,7 @@ fn looked_at(shown: &Shown) -> prometheus::Result<Registry> {
     }
     let help = "1 for the cause for which the store cannot be used.";
     let outage = look.kept(GaugeVec::new(Opts::new("angler_store_outage", help), &["cause"]))?;
-    for cause in Cause::ALL {
+    for &cause in Cause::VARIANTS {
         let is = trouble.as_ref().is_some_and(|trouble| trouble.cause == cause);
         outage.get_metric_with_label_values(&[cause.as_str()])?.set(state(is));
     }

@@ -3,9 +3,10 @@
 use std::time::{Instant, SystemTime};
 
 use serde_json::{Map, Value, json};
+use strum::VariantNames;
 
 use angler_core::readiness::Readiness;
-use angler_metrics::{CloseReason, IMAGE_OUTCOMES, JOB_OUTCOMES, Minute, Stage};
+use angler_metrics::{CloseReason, ImageEnd, JobEnd, Minute, Stage};
 
 use super::{Shown, locked};
 
@@ -37,9 +38,9 @@ pub(super) fn of(shown: &Shown) -> Value {
         "in_flight": { "jobs": jobs, "images": images },
         "last_minute": last_minute(&minute, sessions),
         "total": {
-            "jobs": named(JOB_OUTCOMES, now.jobs),
-            "images": named(IMAGE_OUTCOMES, now.images),
-            "batches": named(CloseReason::ALL.map(CloseReason::as_str), now.batches),
+            "jobs": named::<JobEnd>(now.jobs),
+            "images": named::<ImageEnd>(now.images),
+            "batches": named::<CloseReason>(now.batches),
             "mean_batch": (batches > 0).then(|| rounded(now.batch_images / batches as f64)),
         },
         "errors": metrics.recent(),
@@ -64,25 +65,27 @@ fn backend(readiness: &Readiness) -> Value {
 
 fn last_minute(minute: &Minute, sessions: Option<usize>) -> Value {
     let images: u64 = minute.images.iter().sum();
-    let shares = minute.shares().map(|shares| named(Stage::ALL.map(Stage::as_str), shares));
+    let shares = minute.shares().map(|shares| named::<Stage>(shares));
     let room = minute.seconds * sessions.unwrap_or(0) as f64;
     json!({
         "seconds": rounded(minute.seconds),
         "images_per_second": rounded(minute.rate(images)),
-        "failed_images_per_second": rounded(minute.rate(minute.images[2])),
+        "failed_images_per_second": rounded(minute.rate(minute.images[ImageEnd::Failed as usize])),
         "jobs_per_second": rounded(minute.rate(minute.jobs)),
         "bytes_per_second": minute.rate(minute.fetched_bytes).round(),
         "job_seconds": minute.latency.map(|l| json!({ "p50": fine(l.p50), "p99": fine(l.p99) })),
         "mean_batch": minute.mean_batch.map(rounded),
-        "batches": named(CloseReason::ALL.map(CloseReason::as_str), minute.batches),
+        "batches": named::<CloseReason>(minute.batches),
         "steps": shares,
         "waits_for": minute.waits_for(),
         "sessions_busy": (room > 0.0).then(|| fine((minute.busy_seconds / room).min(1.0))),
     })
 }
 
-fn named<const N: usize, T: Into<Value>>(names: [&str; N], values: [T; N]) -> Value {
-    let pairs = names.iter().map(|name| (*name).to_owned()).zip(values.map(Into::into));
+/// A value per variant of `E`, under its name.
+fn named<E: VariantNames>(values: impl IntoIterator<Item: Into<Value>>) -> Value {
+    let names = E::VARIANTS.iter().map(|name| (*name).to_owned());
+    let pairs = names.zip(values.into_iter().map(Into::into));
     Value::Object(pairs.collect::<Map<_, _>>())
 }
 

@@ -31,7 +31,8 @@ const PROBE: Duration = Duration::from_secs(20);
 const READ: usize = 4;
 
 /// Why the store cannot be used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "lowercase")]
 pub enum Cause {
     /// It does not answer, or answers that it cannot at present.
     Silent,
@@ -42,16 +43,9 @@ pub enum Cause {
 }
 
 impl Cause {
-    /// All of them, in the order of their declaration.
-    pub const ALL: [Self; 3] = [Self::Silent, Self::Credentials, Self::Denied];
-
-    /// The cause as metrics name it.
+    /// Returns the cause as metrics name it.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Silent => "silent",
-            Self::Credentials => "credentials",
-            Self::Denied => "denied",
-        }
+        self.into()
     }
 
     /// The cause for a person.
@@ -376,6 +370,8 @@ impl Outage {
 
 #[cfg(test)]
 mod tests {
+    use strum::VariantArray;
+
     use super::*;
     use std::collections::HashMap;
     use std::sync::Arc;
@@ -498,7 +494,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn one_bucket_that_fails_is_no_outage_while_another_answers() {
-        for cause in Cause::ALL {
+        for &cause in Cause::VARIANTS {
             let world = World::new();
             world.outage.note("good", None);
             world.store.fail(&["bad"], cause);

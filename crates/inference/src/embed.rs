@@ -128,47 +128,52 @@ pub enum EmbedError {
 }
 
 /// What executes a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    strum::Display,
+    strum::IntoStaticStr,
+)]
 pub enum Backend {
     /// ONNX Runtime, CUDA provider.
     #[serde(rename = "onnxruntime-cuda")]
+    #[strum(serialize = "onnxruntime-cuda")]
     OnnxRuntimeCuda,
     /// ONNX Runtime, TensorRT provider with CUDA behind it.
     #[serde(rename = "onnxruntime-tensorrt")]
+    #[strum(serialize = "onnxruntime-tensorrt")]
     OnnxRuntimeTensorRt,
     /// ONNX Runtime, CPU provider.
     #[serde(rename = "onnxruntime-cpu")]
+    #[strum(serialize = "onnxruntime-cpu")]
     OnnxRuntimeCpu,
     /// tract.
     #[serde(rename = "tract-cpu")]
+    #[strum(serialize = "tract-cpu")]
     TractCpu,
     /// No model at all: for tests and for measuring what surrounds a model.
     #[serde(rename = "fake")]
+    #[strum(serialize = "fake")]
     Fake,
 }
 
 impl Backend {
-    /// The name as it stands in results.
+    /// Returns the name that results give it.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::OnnxRuntimeCuda => "onnxruntime-cuda",
-            Self::OnnxRuntimeTensorRt => "onnxruntime-tensorrt",
-            Self::OnnxRuntimeCpu => "onnxruntime-cpu",
-            Self::TractCpu => "tract-cpu",
-            Self::Fake => "fake",
-        }
-    }
-}
-
-impl std::fmt::Display for Backend {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
+        self.into()
     }
 }
 
 /// What was asked for: `embedder.backend`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::IntoStaticStr)]
 #[serde(rename_all = "lowercase")]
+#[strum(serialize_all = "lowercase")]
 pub enum BackendChoice {
     /// The best that works: cuda, then onnxruntime on the CPU, then tract.
     Auto,
@@ -183,15 +188,9 @@ pub enum BackendChoice {
 }
 
 impl BackendChoice {
-    /// The choice as it stands in settings.
+    /// Returns the choice as settings name it.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Cuda => "cuda",
-            Self::Tensorrt => "tensorrt",
-            Self::Onnxruntime => "onnxruntime",
-            Self::Tract => "tract",
-        }
+        self.into()
     }
 }
 

@@ -5,6 +5,7 @@ use prometheus::{
     Counter, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
     Registry,
 };
+use strum::VariantNames;
 
 /// Metrics that belong together.
 #[derive(Default)]
@@ -41,30 +42,28 @@ impl Families {
         self.kept(Histogram::with_opts(options))
     }
 
-    /// A counter for each value of a label.
-    pub fn counters<const N: usize>(
+    /// Makes a counter per variant of `E`, whose names are the values of the label.
+    pub fn counters<E: VariantNames, const N: usize>(
         &self,
         name: &str,
         help: &str,
         label: &str,
-        values: [&str; N],
     ) -> [IntCounter; N] {
         let family = self.kept(IntCounterVec::new(Opts::new(name, help), &[label]));
-        values.map(|value| sound(family.get_metric_with_label_values(&[value])))
+        std::array::from_fn(|i| sound(family.get_metric_with_label_values(&[E::VARIANTS[i]])))
     }
 
-    /// A histogram for each value of a label.
-    pub fn histograms<const N: usize>(
+    /// Makes a histogram per variant of `E`, whose names are the values of the label.
+    pub fn histograms<E: VariantNames, const N: usize>(
         &self,
         name: &str,
         help: &str,
         label: &str,
-        values: [&str; N],
         buckets: &[f64],
     ) -> [Histogram; N] {
         let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
         let family = self.kept(HistogramVec::new(options, &[label]));
-        values.map(|value| sound(family.get_metric_with_label_values(&[value])))
+        std::array::from_fn(|i| sound(family.get_metric_with_label_values(&[E::VARIANTS[i]])))
     }
 
     /// Where all that was made is registered.

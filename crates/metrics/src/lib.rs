@@ -22,6 +22,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use prometheus::proto::MetricFamily;
 use prometheus::{Counter, Histogram, IntCounter, IntGauge, Registry};
+use strum::{EnumCount, EnumDiscriminants, IntoStaticStr, VariantNames};
 
 use families::Families;
 pub use recent::{Recent, RecentError};
@@ -29,8 +30,9 @@ pub use window::{Latency, Minute, Snapshot, Window};
 
 use angler_wire::error::{Failure, FailureCode, ImageError, ImageErrorCode};
 
-/// A step of an image's way, as `angler_step_seconds` names it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A step that an image passes, in that order: the label `step` of `angler_step_seconds`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, EnumCount, VariantNames)]
+#[strum(serialize_all = "snake_case")]
 pub enum Stage {
     /// The store's answer.
     Fetch,
@@ -48,34 +50,9 @@ pub enum Stage {
     Publish,
 }
 
-impl Stage {
-    /// All of them, in the order of an image's way.
-    pub const ALL: [Self; 7] = [
-        Self::Fetch,
-        Self::Queue,
-        Self::Decode,
-        Self::Wait,
-        Self::Embed,
-        Self::Score,
-        Self::Publish,
-    ];
-
-    /// The value of the label `step`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Fetch => "fetch",
-            Self::Queue => "queue",
-            Self::Decode => "decode",
-            Self::Wait => "wait",
-            Self::Embed => "embed",
-            Self::Score => "score",
-            Self::Publish => "publish",
-        }
-    }
-}
-
-/// Why a batch closed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// Why a batch closed: the label `reason` of `angler_batches_total`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EnumCount, IntoStaticStr, VariantNames)]
+#[strum(serialize_all = "snake_case")]
 pub enum CloseReason {
     /// It held as many images as a batch may.
     Full,
@@ -86,27 +63,18 @@ pub enum CloseReason {
 }
 
 impl CloseReason {
-    /// All of them, in the order of their declaration.
-    pub const ALL: [Self; 3] = [Self::Full, Self::Linger, Self::Drain];
-
-    /// The reason as metrics name it.
+    /// Returns the reason as metrics and spans name it.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Full => "full",
-            Self::Linger => "linger",
-            Self::Drain => "drain",
-        }
+        self.into()
     }
 }
 
-/// How a delivery ended, as `angler_jobs_total` names it: its `outcome`, in the order of [`JobEnd`].
-pub const JOB_OUTCOMES: [&str; 6] =
-    ["done", "failed", "dead_lettered", "retried", "requeued", "lost"];
-/// What became of an image, as `angler_images_total` names it.
-pub const IMAGE_OUTCOMES: [&str; 3] = ["labelled", "unknown", "failed"];
-
-/// How a delivery ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How a delivery ended: the label `outcome` of `angler_jobs_total`.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, EnumCount, EnumDiscriminants, IntoStaticStr, VariantNames,
+)]
+#[strum(serialize_all = "snake_case")]
+#[strum_discriminants(name(JobOutcome), vis(pub(self)))]
 pub enum JobEnd {
     /// Its result is published.
     Done,
@@ -122,26 +90,24 @@ pub enum JobEnd {
     Lost,
 }
 
-impl JobEnd {
-    /// Its place in [`JOB_OUTCOMES`].
-    const fn place(self) -> usize {
-        match self {
-            Self::Done => 0,
-            Self::Failed => 1,
-            Self::DeadLettered(_) => 2,
-            Self::Retried => 3,
-            Self::Requeued => 4,
-            Self::Lost => 5,
-        }
-    }
+/// What became of an image: the label `outcome` of `angler_images_total`.
+#[derive(Debug, Clone, Copy, EnumCount, VariantNames)]
+#[strum(serialize_all = "snake_case")]
+pub enum ImageEnd {
+    /// It has a label.
+    Labelled,
+    /// No class is close enough to it.
+    Unknown,
+    /// It has no score, but an error.
+    Failed,
 }
 
-/// An index into [`IMAGE_OUTCOMES`].
-#[derive(Debug, Clone, Copy)]
-enum ImageEnd {
-    Labelled,
-    Unknown,
-    Failed,
+/// What was tried again: the label `of` of `angler_retries_total`.
+#[derive(Debug, Clone, Copy, EnumCount, VariantNames)]
+#[strum(serialize_all = "snake_case")]
+enum Retried {
+    Job,
+    Fetch,
 }
 
 /// Upper bounds of the buckets of `angler_step_seconds`.
@@ -162,13 +128,13 @@ pub struct Metrics {
     on: bool,
     started: SystemTime,
     registry: Registry,
-    jobs: [IntCounter; 6],
-    job_failures: [IntCounter; FailureCode::ALL.len()],
+    jobs: [IntCounter; JobEnd::COUNT],
+    job_failures: [IntCounter; FailureCode::COUNT],
     job_seconds: Histogram,
-    images: [IntCounter; 3],
-    image_errors: [IntCounter; ImageErrorCode::ALL.len()],
-    steps: [Histogram; 7],
-    batches: [IntCounter; 3],
+    images: [IntCounter; ImageEnd::COUNT],
+    image_errors: [IntCounter; ImageErrorCode::COUNT],
+    steps: [Histogram; Stage::COUNT],
+    batches: [IntCounter; CloseReason::COUNT],
     batch_images: Histogram,
     busy_seconds: Counter,
     batch_limit: IntGauge,
@@ -177,8 +143,8 @@ pub struct Metrics {
     out_of_memory: IntCounter,
     jobs_in_flight: IntGauge,
     images_in_flight: IntGauge,
-    retries: [IntCounter; 2],
-    dead_letters: [IntCounter; FailureCode::ALL.len()],
+    retries: [IntCounter; Retried::COUNT],
+    dead_letters: [IntCounter; FailureCode::COUNT],
     fetched_bytes: IntCounter,
     result_bytes: IntCounter,
     /// Time for which decoders held their place only because there was no frame, in nanoseconds.
@@ -206,47 +172,41 @@ impl Metrics {
         Self {
             on,
             started: SystemTime::now(),
-            jobs: families.counters(
+            jobs: families.counters::<JobEnd, _>(
                 "angler_jobs_total",
                 "Deliveries of jobs, by how each ended.",
                 "outcome",
-                JOB_OUTCOMES,
             ),
-            job_failures: families.counters(
+            job_failures: families.counters::<FailureCode, _>(
                 "angler_job_failures_total",
                 "Results that say that the whole job failed, by code.",
                 "code",
-                FailureCode::ALL.map(FailureCode::as_str),
             ),
             job_seconds: families.histogram(
                 "angler_job_seconds",
                 "From the receipt of a job to its settlement, if it ended with a result.",
                 &JOB_BUCKETS,
             ),
-            images: families.counters(
+            images: families.counters::<ImageEnd, _>(
                 "angler_images_total",
                 "Images, by what became of them.",
                 "outcome",
-                IMAGE_OUTCOMES,
             ),
-            image_errors: families.counters(
+            image_errors: families.counters::<ImageErrorCode, _>(
                 "angler_image_errors_total",
                 "Images that failed, by code.",
                 "code",
-                ImageErrorCode::ALL.map(ImageErrorCode::as_str),
             ),
-            steps: families.histograms(
+            steps: families.histograms::<Stage, _>(
                 "angler_step_seconds",
                 "Time that an image spends in each step of its way.",
                 "step",
-                Stage::ALL.map(Stage::as_str),
                 &STEP_BUCKETS,
             ),
-            batches: families.counters(
+            batches: families.counters::<CloseReason, _>(
                 "angler_batches_total",
                 "Batches, by why they closed.",
                 "reason",
-                CloseReason::ALL.map(CloseReason::as_str),
             ),
             batch_images: families.histogram(
                 "angler_batch_images",
@@ -267,17 +227,15 @@ impl Metrics {
                 .gauge("angler_jobs_in_flight", "Jobs that were received and are not settled."),
             images_in_flight: families
                 .gauge("angler_images_in_flight", "Images between admission and score."),
-            retries: families.counters(
+            retries: families.counters::<Retried, _>(
                 "angler_retries_total",
                 "Second and further tries of jobs, and of fetches within an image's time.",
                 "of",
-                ["job", "fetch"],
             ),
-            dead_letters: families.counters(
+            dead_letters: families.counters::<FailureCode, _>(
                 "angler_dead_letters_total",
                 "Jobs kept among the dead letters, by why.",
                 "reason",
-                FailureCode::ALL.map(FailureCode::as_str),
             ),
             fetched_bytes: families.counter(
                 "angler_fetched_bytes_total",
@@ -345,7 +303,7 @@ impl Metrics {
     /// A fetch that failed is tried again at once.
     pub fn fetch_retried(&self) {
         if self.on {
-            self.retries[1].inc();
+            count(&self.retries, Retried::Fetch as usize);
         }
     }
 
@@ -494,21 +452,21 @@ pub struct JobInFlight {
 }
 
 impl JobInFlight {
-    /// Records how the delivery ended, and returns its name in [`JOB_OUTCOMES`].
+    /// Records how the delivery ended, and returns its name.
     pub fn ended(&self, end: JobEnd) -> &'static str {
         let metrics = &self.metrics;
         if metrics.on {
-            count(&metrics.jobs, end.place());
+            count(&metrics.jobs, JobOutcome::from(end) as usize);
             match end {
                 JobEnd::DeadLettered(code) => count(&metrics.dead_letters, code as usize),
-                JobEnd::Retried => metrics.retries[0].inc(),
+                JobEnd::Retried => count(&metrics.retries, Retried::Job as usize),
                 JobEnd::Done | JobEnd::Failed | JobEnd::Requeued | JobEnd::Lost => {}
             }
             if matches!(end, JobEnd::Done | JobEnd::Failed | JobEnd::DeadLettered(_)) {
                 metrics.job_seconds.observe(self.clock.spent().as_secs_f64());
             }
         }
-        JOB_OUTCOMES[end.place()]
+        end.into()
     }
 }
 
@@ -531,7 +489,7 @@ impl Drop for ImageInFlight<'_> {
     }
 }
 
-/// Counts one. A code that is missing in its list is not counted: that ends no worker.
+/// Adds one to the counter of the variant with this discriminant.
 fn count(counters: &[IntCounter], place: usize) {
     if let Some(counter) = counters.get(place) {
         counter.inc();

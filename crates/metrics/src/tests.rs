@@ -7,13 +7,22 @@ fn text(metrics: &Metrics) -> String {
 }
 
 #[test]
-fn codes_index_their_counters() {
-    let places = FailureCode::ALL.map(|code| code as usize);
-    assert!(places.iter().copied().eq(0..FailureCode::ALL.len()));
-    let places = ImageErrorCode::ALL.map(|code| code as usize);
-    assert!(places.iter().copied().eq(0..ImageErrorCode::ALL.len()));
-    assert!(Stage::ALL.map(|stage| stage as usize).iter().copied().eq(0..7));
-    assert!(CloseReason::ALL.map(|reason| reason as usize).iter().copied().eq(0..3));
+fn every_end_is_counted_under_its_name() {
+    let ends = [
+        JobEnd::Done,
+        JobEnd::Failed,
+        JobEnd::DeadLettered(FailureCode::MalformedJob),
+        JobEnd::Retried,
+        JobEnd::Requeued,
+        JobEnd::Lost,
+    ];
+    assert_eq!(ends.len(), JobEnd::COUNT);
+    for end in ends {
+        let metrics = Arc::new(Metrics::default());
+        let name = metrics.job().ended(end);
+        let counted = format!("angler_jobs_total{{outcome=\"{name}\"}} 1");
+        assert!(text(&metrics).contains(&counted), "{counted}");
+    }
 }
 
 #[test]

@@ -3,7 +3,9 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::Stage;
+use strum::EnumCount;
+
+use super::{CloseReason, ImageEnd, JobEnd, Stage};
 
 /// How far back is looked.
 const SPAN: Duration = Duration::from_secs(60);
@@ -11,16 +13,16 @@ const SPAN: Duration = Duration::from_secs(60);
 /// What was counted up to a moment.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Snapshot {
-    /// In the order of [`JOB_OUTCOMES`](super::JOB_OUTCOMES).
-    pub jobs: [u64; 6],
-    /// In the order of [`IMAGE_OUTCOMES`](super::IMAGE_OUTCOMES).
-    pub images: [u64; 3],
-    /// Batches in the order of [`CloseReason::ALL`](crate::CloseReason::ALL).
-    pub batches: [u64; 3],
+    /// In the order of [`JobEnd`].
+    pub jobs: [u64; JobEnd::COUNT],
+    /// In the order of [`ImageEnd`].
+    pub images: [u64; ImageEnd::COUNT],
+    /// Batches in the order of [`CloseReason`].
+    pub batches: [u64; CloseReason::COUNT],
     /// Images in them.
     pub batch_images: f64,
-    /// Seconds in the order of [`Stage::ALL`].
-    pub steps: [f64; 7],
+    /// Seconds in the order of [`Stage`].
+    pub steps: [f64; Stage::COUNT],
     /// How long decoders held their place only because there was no frame.
     pub frame_waits: Duration,
     /// Seconds that all sessions worked.
@@ -61,14 +63,14 @@ pub struct Minute {
     pub seconds: f64,
     /// Jobs that ended with a result.
     pub jobs: u64,
-    /// Images in the order of [`IMAGE_OUTCOMES`](super::IMAGE_OUTCOMES).
-    pub images: [u64; 3],
+    /// Images in the order of [`ImageEnd`].
+    pub images: [u64; ImageEnd::COUNT],
     /// Batches by why they closed.
-    pub batches: [u64; 3],
+    pub batches: [u64; CloseReason::COUNT],
     /// Images in a batch, on average.
     pub mean_batch: Option<f64>,
-    /// Image-seconds in the order of [`Stage::ALL`].
-    pub steps: [f64; 7],
+    /// Image-seconds in the order of [`Stage`].
+    pub steps: [f64; Stage::COUNT],
     /// Seconds that all sessions worked.
     pub busy_seconds: f64,
     /// Encoded bytes.
@@ -89,7 +91,7 @@ pub struct Latency {
 
 impl Minute {
     fn between(then: &Snapshot, now: &Snapshot, time: Duration) -> Self {
-        let batches: [u64; 3] = difference(&then.batches, &now.batches);
+        let batches: [u64; CloseReason::COUNT] = difference(&then.batches, &now.batches);
         let count: u64 = batches.iter().sum();
         let mut steps = now.steps;
         steps.iter_mut().zip(then.steps).for_each(|(now, then)| *now = (*now - then).max(0.0));
@@ -120,9 +122,9 @@ impl Minute {
         if self.seconds > 0.0 { count as f64 / self.seconds } else { 0.0 }
     }
 
-    /// The share of the images' time that each step took, in the order of [`Stage::ALL`]; none if no
+    /// The share of the images' time that each step took, in the order of [`Stage`]; none if no
     /// time went by.
-    pub fn shares(&self) -> Option<[f64; 7]> {
+    pub fn shares(&self) -> Option<[f64; Stage::COUNT]> {
         let all: f64 = self.steps.iter().sum();
         (all > 0.0).then(|| self.steps.map(|seconds| seconds / all))
     }
@@ -209,7 +211,7 @@ mod tests {
 
     #[test]
     fn the_queue_before_the_decoders_is_the_fault_of_whom_they_wait_for() {
-        let minute = |steps: [f64; 7], blocked: u64| {
+        let minute = |steps: [f64; Stage::COUNT], blocked: u64| {
             let (then, moment) = at(0);
             let mut window = Window::default();
             window.add(moment, then.clone());

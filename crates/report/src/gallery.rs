@@ -11,7 +11,8 @@ use super::{Html, count, escape, note};
 const CARDS: usize = 500;
 
 /// Whether what a card shows is as it should be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
 pub enum Tone {
     /// In the accent colour.
     Good,
@@ -51,11 +52,7 @@ pub fn gallery(cards: &[Card]) -> Html {
 }
 
 fn one(html: &mut String, card: &Card) {
-    let class = match card.tone {
-        Tone::Good => "good",
-        Tone::Bad => "bad",
-        Tone::Neutral => "neutral",
-    };
+    let class: &str = card.tone.into();
     let (folder, name) = parts(&card.uri);
     let (uri, folder, name) = (escape(&card.uri), escape(folder), escape(name));
     let _ = write!(html, "<li class=\"{class}\">");

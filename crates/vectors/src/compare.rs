@@ -105,8 +105,9 @@ pub struct Flip {
 }
 
 /// What a flip means for somebody who knows the truth.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, strum::Display)]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum Effect {
     /// It was wrong and is right.
     Fixed,

@@ -7,12 +7,29 @@
 //! The codes are part of the wire contract: producers branch on them, so none is ever renamed.
 
 use serde::{Deserialize, Serialize};
+use strum::{EnumCount, IntoStaticStr, VariantNames};
 
 use crate::text::cut;
 
 /// Why one image has no label. Written in snake case into the result's `error.code`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    strum::Display,
+    EnumCount,
+    IntoStaticStr,
+    VariantNames,
+)]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum ImageErrorCode {
     /// The bucket or the key does not exist.
     NotFound,
@@ -38,40 +55,9 @@ pub enum ImageErrorCode {
 }
 
 impl ImageErrorCode {
-    /// All of them, in the order of their declaration.
-    pub const ALL: [Self; 10] = [
-        Self::NotFound,
-        Self::AccessDenied,
-        Self::BucketNotAllowed,
-        Self::BadUri,
-        Self::TooLarge,
-        Self::UnsupportedFormat,
-        Self::CorruptImage,
-        Self::StorageUnavailable,
-        Self::Timeout,
-        Self::Internal,
-    ];
-
-    /// The code as it stands in results.
+    /// Returns the code as results name it.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::NotFound => "not_found",
-            Self::AccessDenied => "access_denied",
-            Self::BucketNotAllowed => "bucket_not_allowed",
-            Self::BadUri => "bad_uri",
-            Self::TooLarge => "too_large",
-            Self::UnsupportedFormat => "unsupported_format",
-            Self::CorruptImage => "corrupt_image",
-            Self::StorageUnavailable => "storage_unavailable",
-            Self::Timeout => "timeout",
-            Self::Internal => "internal",
-        }
-    }
-}
-
-impl std::fmt::Display for ImageErrorCode {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
+        self.into()
     }
 }
 
@@ -136,8 +122,22 @@ fn bounded(message: String) -> String {
 }
 
 /// Why a whole job failed. Written in snake case into the result's `error.code`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    strum::Display,
+    EnumCount,
+    IntoStaticStr,
+    VariantNames,
+)]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum FailureCode {
     /// The message is not a job.
     MalformedJob,
@@ -158,36 +158,9 @@ pub enum FailureCode {
 }
 
 impl FailureCode {
-    /// All of them, in the order of their declaration.
-    pub const ALL: [Self; 8] = [
-        Self::MalformedJob,
-        Self::UnknownClassSet,
-        Self::UnknownVersion,
-        Self::ModelMismatch,
-        Self::TooManyImages,
-        Self::RetriesExhausted,
-        Self::Cancelled,
-        Self::ResultTooLarge,
-    ];
-
-    /// The code as it stands in results and in the header `angler-reason`.
+    /// Returns the code as results and the header `angler-reason` name it.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::MalformedJob => "malformed_job",
-            Self::UnknownClassSet => "unknown_class_set",
-            Self::UnknownVersion => "unknown_version",
-            Self::ModelMismatch => "model_mismatch",
-            Self::TooManyImages => "too_many_images",
-            Self::RetriesExhausted => "retries_exhausted",
-            Self::Cancelled => "cancelled",
-            Self::ResultTooLarge => "result_too_large",
-        }
-    }
-}
-
-impl std::fmt::Display for FailureCode {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
+        self.into()
     }
 }
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use angler_inference::engine::Want;
 use angler_vectors::ClassVectors;
-use angler_vectors::compare::{Comparer, Comparison, Effect, Pair, Side, Verdict};
+use angler_vectors::compare::{Comparer, Comparison, Pair, Side, Verdict};
 use angler_vectors::statistics::ShiftSummary;
 
 use crate::app::{App, last_component};
@@ -241,11 +241,11 @@ impl Report<'_> {
             6,
             c.flips.first.iter().map(|flip| {
                 let side = |v: &Verdict| [narrow_given(v.label.as_deref()), number(Some(v.score))];
-                let effect = effect(flip.effect).unwrap_or_default();
+                let effect = flip.effect.map(|effect| effect.to_string());
                 let mut row = vec![narrow_address(&flip.uri)];
                 row.extend(side(&flip.a));
                 row.extend(side(&flip.b));
-                row.push(effect.to_owned());
+                row.push(effect.unwrap_or_default());
                 row
             }),
             c.flips.total,
@@ -253,14 +253,6 @@ impl Report<'_> {
         text += &errors(&c.errors);
         text
     }
-}
-
-fn effect(effect: Option<Effect>) -> Option<&'static str> {
-    Some(match effect? {
-        Effect::Fixed => "fixed",
-        Effect::Broken => "broken",
-        Effect::Neutral => "neutral",
-    })
 }
 
 fn shifts(c: &Comparison) -> String {

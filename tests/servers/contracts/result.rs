@@ -2,6 +2,7 @@
 
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use strum::VariantNames;
 
 use angler_wire::error::{Failure, FailureCode, ImageError, ImageErrorCode};
 use angler_wire::job::{
@@ -264,14 +265,13 @@ async fn results_of_a_real_worker_are_valid() {
 
 #[test]
 fn every_code_has_its_place_among_those_that_metrics_count() {
-    let mut counted = FailureCode::ALL.map(FailureCode::as_str);
-    counted.sort_unstable();
-    assert_eq!(
-        codes::<FailureCode>().into_iter().map(FailureCode::as_str).collect::<Vec<_>>(),
-        counted
-    );
-    let mut counted = ImageErrorCode::ALL.map(ImageErrorCode::as_str);
-    counted.sort_unstable();
-    let read = codes::<ImageErrorCode>();
-    assert_eq!(read.into_iter().map(ImageErrorCode::as_str).collect::<Vec<_>>(), counted);
+    let sorted = |names: &[&'static str]| {
+        let mut names = names.to_vec();
+        names.sort_unstable();
+        names
+    };
+    let read: Vec<_> = codes::<FailureCode>().into_iter().map(FailureCode::as_str).collect();
+    assert_eq!(read, sorted(FailureCode::VARIANTS));
+    let read: Vec<_> = codes::<ImageErrorCode>().into_iter().map(ImageErrorCode::as_str).collect();
+    assert_eq!(read, sorted(ImageErrorCode::VARIANTS));
 }

@@ -5,7 +5,7 @@ use angler_report::{
 };
 use angler_vectors::compare::{Comparison, Effect, Flip, Verdict};
 
-use super::{Report, effect};
+use super::Report;
 use crate::app::App;
 use crate::commands::html::{
     ROWS, UNKNOWN, fact, failures, first_rows, number, share, shown, with_pictures, zoomed,
@@ -129,9 +129,9 @@ fn card(flip: &Flip) -> Card {
     };
     let both = |a: Option<f32>, b: Option<f32>| format!("{} → {}", number(a), number(b));
     let mut lines = Vec::new();
-    if let (Some(truth), Some(effect)) = (&flip.truth, effect(flip.effect)) {
+    if let (Some(truth), Some(effect)) = (&flip.truth, flip.effect) {
         lines.push(line("true class", truth.clone()));
-        lines.push(line("B's effect", effect.to_owned()));
+        lines.push(line("B's effect", effect.to_string()));
     }
     lines.push(line("A", label(&flip.a)));
     lines.push(line("B", label(&flip.b)));
