@@ -65,7 +65,7 @@ fn backend(readiness: &Readiness) -> Value {
 
 fn last_minute(minute: &Minute, sessions: Option<usize>) -> Value {
     let images: u64 = minute.images.iter().sum();
-    let shares = minute.shares().map(|shares| named::<Stage>(shares));
+    let shares = minute.shares().map(named::<Stage>);
     let room = minute.seconds * sessions.unwrap_or(0) as f64;
     json!({
         "seconds": rounded(minute.seconds),
