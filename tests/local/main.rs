@@ -5,6 +5,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod contributing;
 mod devices;
 mod fused;
 mod fuzz;
