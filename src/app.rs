@@ -38,6 +38,7 @@ use angler_inference::model::Model;
 use angler_metrics::Metrics;
 use angler_storage::local::{LocalImages, LocalObjects};
 use angler_storage::s3::{Clients, S3Images, S3Objects, S3Uri};
+use angler_wire::text::chain;
 
 use crate::builtin_model;
 use crate::config::{Lane, Settings};
@@ -89,7 +90,7 @@ impl App {
         if !root.starts_with("s3://") {
             return Ok(Arc::new(LocalObjects::new(root)));
         }
-        let uri = S3Uri::parse(root).map_err(anyhow::Error::msg).context("classes.root")?;
+        let uri = S3Uri::parse(root).context("classes.root")?;
         Ok(Arc::new(S3Objects::new(self.s3_clients().await?, uri)))
     }
 
@@ -362,11 +363,13 @@ async fn load_shadow(catalog: &Catalog, shadow: &Shadow, poll: Duration) {
                 tracing::info!(candidate = classes.id(), "tried beside what is served");
                 return shadow.set_candidate(classes);
             }
-            Err(error) if error.to_string() != failing => {
-                failing = error.to_string();
-                tracing::warn!("classes.shadow cannot be tried yet: {failing}");
+            Err(error) => {
+                let error = chain(&error);
+                if error != failing {
+                    tracing::warn!("classes.shadow cannot be tried yet: {error}");
+                    failing = error;
+                }
             }
-            Err(_) => {}
         }
         tokio::time::sleep(poll).await;
     }

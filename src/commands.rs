@@ -26,6 +26,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use angler_wire::text::chain;
+
 use crate::app::App;
 use crate::config::{LogFormat, Settings, SettingsError, hidden};
 use crate::telemetry;
@@ -107,6 +109,13 @@ fn key_value(text: &str) -> Result<(String, String), UsageError> {
 #[error("{0}")]
 pub(crate) struct UsageError(pub String);
 
+impl UsageError {
+    /// An error that needs no other words than its own.
+    pub(crate) fn of(error: impl std::fmt::Display) -> Self {
+        Self(error.to_string())
+    }
+}
+
 /// The command has told already what was wrong; only its exit code is left.
 #[derive(Debug, thiserror::Error)]
 #[error("exit code {0}")]
@@ -135,7 +144,7 @@ pub fn main(cli: Cli) -> ExitCode {
             if let Some(Said(code)) = error.downcast_ref() {
                 return ExitCode::from(*code);
             }
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", chain(error.as_ref()));
             ExitCode::from(exit_code(&error))
         }
     }
@@ -182,7 +191,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     if matches!(cli.command, Command::Doctor(_)) && settings.log.level == "info" {
         settings.log.level = "off".to_owned();
     }
-    telemetry::start(&settings.log).map_err(|error| unusable(UsageError(error).into()))?;
+    telemetry::start(&settings.log)
+        .map_err(|error| unusable(UsageError(chain(error.as_ref())).into()))?;
     let machines_read =
         matches!(cli.command, Command::Worker(_)) && settings.log.format == LogFormat::Json;
     let app = App::new(settings);
@@ -207,7 +217,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     // Where machines read the log, its last line is one of theirs, too.
     let outcome = match outcome {
         Err(error) if machines_read && !error.is::<Said>() => {
-            tracing::error!("{error:#}");
+            tracing::error!("{}", chain(error.as_ref()));
             Err(Said(exit_code(&error)).into())
         }
         outcome => outcome,

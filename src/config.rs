@@ -410,7 +410,7 @@ impl Settings {
     pub fn shadow(&self) -> Result<Option<ClassSelector>, SettingsError> {
         let Some(text) = some(&self.classes.shadow) else { return Ok(None) };
         let wrong = |e: String| SettingsError(format!("classes.shadow: {e}"));
-        let selector = ClassSelector::parse(&text).map_err(wrong)?;
+        let selector = ClassSelector::parse(&text).map_err(|e| wrong(e.to_string()))?;
         if selector.version.is_none() {
             return Err(wrong(format!("{text:?} names no version; write {text}@VERSION")));
         }

@@ -4,6 +4,7 @@ pub mod otlp;
 
 use std::io::IsTerminal;
 
+use anyhow::{Context, Result};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{LogFormat, LogSettings};
@@ -14,11 +15,11 @@ const QUIET: &str = "ort=warn,lapin=off,tract_core=error,tract_onnx=error,tract_
 /// Starts logging; `log.level` is a level or a filter.
 ///
 /// # Errors
-/// A sentence if the filter cannot be read.
-pub fn start(settings: &LogSettings) -> Result<(), String> {
+/// If the filter cannot be read.
+pub fn start(settings: &LogSettings) -> Result<()> {
     let directives = format!("{QUIET},{}", settings.level);
     let filter = EnvFilter::try_new(directives)
-        .map_err(|e| format!("log.level = {:?}: {e}", settings.level))?;
+        .with_context(|| format!("log.level = {:?}", settings.level))?;
     // A line that cannot be written, on a full disk or into a pipe that nobody reads, is lost: said
     // on the same standard error, that would be a panic.
     let builder = tracing_subscriber::fmt()

@@ -34,7 +34,7 @@ type Times = [Vec<f64>; PARTS.len()];
 pub async fn measure(world: &World, options: &Options) -> Result<Value> {
     let app = world.app(&[])?;
     let model = app.model()?;
-    let selector = angler_wire::job::ClassSelector::parse(CLASSES).map_err(anyhow::Error::msg)?;
+    let selector = angler_wire::job::ClassSelector::parse(CLASSES)?;
     let classes = app.catalog(&model).await?.resolve(&selector).await;
     let classes = classes.map_err(|e| anyhow::anyhow!("{CLASSES}: {e}"))?;
     let mut times: Times = Default::default();

@@ -42,7 +42,7 @@ pub fn orders() -> Result<Option<Orders>> {
 /// Works until standard input ends, as it does when the measuring program lets go of it or dies.
 pub async fn run(orders: Orders) -> Result<()> {
     let settings = Settings::load(None, &orders.settings)?;
-    angler::telemetry::start(&settings.log).map_err(anyhow::Error::msg)?;
+    angler::telemetry::start(&settings.log)?;
     let mut app = App::new(settings);
     if !orders.metrics {
         app.metrics = Arc::new(Metrics::off());

@@ -13,6 +13,7 @@ use angler_core::class_sets::publish::read_active;
 use angler_vectors::file::Expected;
 use angler_vectors::score::ClassScore;
 use angler_vectors::{ClassVectors, ClassesError, file};
+use angler_wire::error::Reason;
 use angler_wire::job::{ClassSelector, LabelScore, check_name};
 
 use super::UsageError;
@@ -73,7 +74,8 @@ pub(super) async fn load_whole(app: &App, selector: &ClassSelector) -> Result<Lo
                 let reason = format!("{place} does not exist; name a version: {set}@VERSION");
                 ClassesError::UnknownSet { set: set.clone(), reason }
             })?;
-            let active = active.map_err(|reason| ClassesError::Invalid { place, reason })?;
+            let active =
+                active.map_err(|e| ClassesError::Invalid { place, reason: Reason::of(e) })?;
             (active.version, active.sha256)
         }
     };

@@ -21,6 +21,7 @@ use angler_runs::journal::{Journal, JournalError};
 use angler_runs::mark;
 use angler_runs::mark::Mark;
 use angler_wire::error::FailureCode;
+use angler_wire::text::chain;
 
 use super::UsageError;
 use super::progress::{RunBar, bars};
@@ -254,7 +255,7 @@ impl<'a> Collecting<'a> {
             return Err(error);
         }
         if self.partial {
-            tracing::warn!("writing what was collected before: {error:#}");
+            tracing::warn!("writing what was collected before: {}", chain(error.as_ref()));
             return Ok(Ended::Empty);
         }
         let (kept, path) = (have.count(), self.journal.file().display());
@@ -296,7 +297,8 @@ impl<'a> Collecting<'a> {
         let writes = self.partial && self.journal.have().count() > 0;
         let written = if writes { Some(self.write()?) } else { None };
         let known = known(self.app, &id).await;
-        let known = known.unwrap_or_else(|e| format!("(the broker cannot be asked: {e:#})"));
+        let known = known
+            .unwrap_or_else(|e| format!("(the broker cannot be asked: {})", chain(e.as_ref())));
         let (reason, missing) = (reason(ended, self.limits), missing(self.journal.have()));
         let problem = Some(format!(
             "run {id} is not complete: {reason}{missing}. {known}. To continue, run `angler collect --run {id}` with the same --out"

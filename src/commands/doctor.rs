@@ -107,19 +107,24 @@ impl Doctor {
     }
 }
 
-/// The answer, or a sentence that there was none in time.
-fn within<T>(question: impl Future<Output = T>) -> impl Future<Output = Result<T, String>> {
+/// There was no answer within this many seconds.
+#[derive(Debug, thiserror::Error)]
+#[error("no answer within {0} s")]
+struct Silent(u64);
+
+/// The answer, or that there was none in time.
+fn within<T>(question: impl Future<Output = T>) -> impl Future<Output = Result<T, Silent>> {
     within_time(DEADLINE, question)
 }
 
 fn within_time<T>(
     time: Duration,
     question: impl Future<Output = T>,
-) -> impl Future<Output = Result<T, String>> {
+) -> impl Future<Output = Result<T, Silent>> {
     // A client's call holds kilobytes of state, which need not be moved about.
     let question = Box::pin(question);
     async move {
-        let silent = |_| format!("no answer within {} s", time.as_secs());
+        let silent = |_| Silent(time.as_secs());
         tokio::time::timeout(time, question).await.map_err(silent)
     }
 }

@@ -5,7 +5,7 @@ mod images;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use tokio::sync::oneshot;
@@ -132,7 +132,7 @@ fn cosine(text: &str) -> Result<f32, String> {
 
 impl Enqueue {
     pub(super) async fn run(self, app: &App) -> Result<()> {
-        let selector = ClassSelector::parse(&self.classes).map_err(UsageError)?;
+        let selector = ClassSelector::parse(&self.classes).map_err(UsageError::of)?;
         let run = self.run_id(&selector)?;
         let topology = self.topology(app)?;
         if let Some(files) = self.files() {
@@ -331,7 +331,7 @@ async fn resolve(app: &App, selector: &ClassSelector) -> Result<String> {
     let version = match &selector.version {
         Some(version) => version.clone(),
         None => match read_active(root.as_ref(), set).await? {
-            Some((active, _)) => active.map_err(|e| anyhow!("class set {set}: {e}"))?.version,
+            Some((active, _)) => active.with_context(|| format!("class set {set}"))?.version,
             None => bail!(
                 "there is no class set {set} with an active version in {} (angler classes list)",
                 app.settings.classes.root

@@ -75,7 +75,7 @@ fn begins_like_image(path: &Path) -> bool {
 }
 
 async fn in_s3(app: &App, uri: &str) -> Result<Vec<String>> {
-    let prefix = S3Uri::parse(uri).map_err(anyhow::Error::msg)?;
+    let prefix = S3Uri::parse(uri)?;
     let listed = app.s3_images().await?.list(&prefix).await?;
     // What is named in full is taken as it is.
     if listed.iter().any(|found| found == uri) {

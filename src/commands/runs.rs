@@ -13,6 +13,7 @@ use angler_amqp::{close, connect};
 use angler_runs::mark::Mark;
 use angler_runs::registry;
 use angler_runs::registry::{Begun, State};
+use angler_wire::text::chain;
 
 use super::UsageError;
 use super::collect::missing::{Backlog, backlog};
@@ -65,7 +66,7 @@ struct Listed<'a> {
     state: Option<&'a State>,
     /// Why it cannot.
     #[serde(skip_serializing_if = "Option::is_none")]
-    unknown: Option<&'a str>,
+    unknown: Option<String>,
 }
 
 impl ListCommand {
@@ -76,8 +77,8 @@ impl ListCommand {
         if self.json {
             let mut text = String::new();
             for (begun, state) in &runs {
-                let (state, unknown) = (state.as_ref().ok(), state.as_ref().err());
-                let listed = Listed { begun, state, unknown: unknown.map(String::as_str) };
+                let unknown = state.as_ref().err().map(|reason| chain(reason));
+                let listed = Listed { begun, state: state.as_ref().ok(), unknown };
                 let _ = writeln!(text, "{}", serde_json::to_string(&listed)?);
             }
             return Ok(show(&text)?);
@@ -90,7 +91,7 @@ impl ListCommand {
         show(&table("", &headers, 3, rows, runs.len() as u64))?;
         for (begun, state) in &runs {
             if let Err(reason) = state {
-                eprintln!("run {}: cannot tell how it is now: {reason}", begun.run);
+                eprintln!("run {}: cannot tell how it is now: {}", begun.run, chain(reason));
             }
         }
         Ok(())

@@ -16,6 +16,7 @@ use angler_core::store::{ByteBudget, ImageStore};
 use angler_pixels::{PixelLimits, decode};
 use angler_report::{THUMBNAIL_SIDE, thumbnail};
 use angler_wire::error::{ImageError, ImageErrorCode};
+use angler_wire::text::chain;
 
 use super::progress::progress_bar;
 use crate::app::App;
@@ -35,7 +36,7 @@ pub(super) async fn thumbnails(app: &App, uris: &[&str]) -> Vec<Thumbnail> {
     let limits = app.settings.image_limits();
     let store = match app.images_for(uris.iter().copied()).await {
         Ok(store) => store,
-        Err(error) => return vec![Err(internal(&format!("{error:#}"))); uris.len()],
+        Err(error) => return vec![Err(internal(&chain(error.as_ref()))); uris.len()],
     };
     let source = Source {
         store,
@@ -102,7 +103,7 @@ impl Source {
             let image = decode(&fetched.bytes, limits)?;
             let (width, height) = image.dimensions();
             thumbnail(&image, width, height, THUMBNAIL_SIDE)
-                .map_err(|error| internal(&error.to_string()))
+                .map_err(|error| internal(&chain(&error)))
         })
         .await
         .unwrap_or_else(|_| Err(internal("the decoder panicked on this image")))

@@ -114,17 +114,17 @@ impl Otlp {
 /// Asks the collector to take no spans at all, as it would be asked to take some.
 ///
 /// # Errors
-/// A sentence that says what is wrong.
-pub async fn ask(settings: &TelemetrySettings) -> Result<(), String> {
-    let (exporter, state) = exporter(settings).map_err(|e| format!("{e:#}"))?;
+/// What is wrong with it.
+pub async fn ask(settings: &TelemetrySettings) -> Result<()> {
+    let (exporter, state) = exporter(settings)?;
     let runtime = Handle::current();
     // Between tries it blocks.
     let asked =
         tokio::task::spawn_blocking(move || runtime.block_on(exporter.export(Vec::new()))).await;
     match asked {
         Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(state.reason().unwrap_or_else(|| error.to_string())),
-        Err(panic) => Err(panic.to_string()),
+        Ok(Err(error)) => Err(state.reason().map_or_else(|| error.into(), anyhow::Error::msg)),
+        Err(panic) => Err(panic.into()),
     }
 }
 
@@ -258,7 +258,7 @@ fn reason(error: &(dyn Error + 'static)) -> String {
     if error.is::<tokio::time::error::Elapsed>() {
         return format!("it did not answer within {} s", DEADLINE.as_secs());
     }
-    COLLECTOR.explain(error).unwrap_or_else(|| {
+    COLLECTOR.explain(error).map(|explained| explained.to_string()).unwrap_or_else(|| {
         let mut last = error;
         while let Some(cause) = last.source() {
             last = cause;

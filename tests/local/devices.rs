@@ -13,6 +13,7 @@ use angler_inference::embed::{Backend, EmbedError, Embedder};
 use angler_inference::engine::policy::BatchPolicy;
 use angler_inference::engine::{Engine, OnFailure, Scored, SubmitError, Want};
 use angler_vectors::score::Scorer;
+use angler_wire::text::chain;
 
 /// What a device did.
 #[derive(Default)]
@@ -109,13 +110,11 @@ impl Embedder for Device {
         let taken = self.padded.unwrap_or(images);
         if taken > self.memory {
             self.log.refused.lock().unwrap().push(taken);
-            return Err(EmbedError::OutOfMemory("CUDA failure 2: out of memory".to_owned()));
+            return Err(EmbedError::OutOfMemory("CUDA failure 2: out of memory".into()));
         }
         let so_far = self.calls.load(Ordering::SeqCst);
         if self.fails_from.is_some_and(|from| so_far >= from) {
-            return Err(EmbedError::Batch(
-                "CUDNN_FE failure 11: HEURISTIC_QUERY_FAILED".to_owned(),
-            ));
+            return Err(EmbedError::Batch("CUDNN_FE failure 11: HEURISTIC_QUERY_FAILED".into()));
         }
         // The call of the warm-up is black.
         if pixels[[0, 0, 0, 0]] > 0 {
@@ -124,7 +123,7 @@ impl Embedder for Device {
             }
             let call = self.calls.fetch_add(1, Ordering::SeqCst);
             if self.breaks_at.contains(&call) {
-                return Err(EmbedError::Broken("CUDA failure 700: as told".to_owned()));
+                return Err(EmbedError::Broken("CUDA failure 700: as told".into()));
             }
             self.log.ran.lock().unwrap().push(images);
         }
@@ -203,7 +202,7 @@ async fn a_device_without_memory_for_one_image_is_broken_and_blames_no_image() {
     let engine = engine(vec![device], OnFailure::Exit);
     let scored = submit(&engine, BATCH).await;
     assert!(scored.iter().all(|s| matches!(s, Err(SubmitError::Gone))), "{scored:?}");
-    let reason = engine.broken().await.to_string();
+    let reason = chain(&engine.broken().await);
     assert!(reason.contains("out of memory"), "{reason}");
     engine.close().await;
 }
@@ -226,7 +225,7 @@ async fn a_failure_that_black_images_have_too_is_the_back_ends_and_no_image_is_a
     assert_answered(&submit(&engine, BATCH).await);
     let scored = submit(&engine, BATCH).await;
     assert!(scored.iter().all(|s| matches!(s, Err(SubmitError::Gone))), "{scored:?}");
-    let reason = engine.broken().await.to_string();
+    let reason = chain(&engine.broken().await);
     assert!(reason.contains("black") && reason.contains("HEURISTIC_QUERY_FAILED"), "{reason}");
     engine.close().await;
 }

@@ -22,6 +22,7 @@ use tokio::net::lookup_host;
 use tokio::time::{sleep, timeout};
 
 use angler_tls::BROKER;
+use angler_wire::text::chain;
 
 use super::address::{Address, addresses};
 use super::sanitize::{self, Sanitized, Tcp};
@@ -58,7 +59,7 @@ pub(crate) async fn connect_somewhere(
         all.into_iter().map(async |address| match connect_to(options, &address, role).await {
             Ok(connection) => Ok((connection, address)),
             Err(error) => {
-                tracing::debug!(broker = %address, role, "cannot connect: {error}");
+                tracing::debug!(broker = %address, role, "cannot connect: {}", chain(&error));
                 Err((address, error))
             }
         });
@@ -92,8 +93,8 @@ pub async fn connect_to(
     match (tls, error) {
         (Some(tls), AmqpError::Broker(error)) if matches!(error.kind(), ErrorKind::IOError(_)) => {
             let alert = timeout(ALERT, alert(address, &tls)).await;
-            let sentence = alert.ok().and_then(|error| BROKER.explain(&error));
-            Err(sentence.map_or(AmqpError::Broker(error), AmqpError::Tls))
+            let explained = alert.ok().and_then(|error| BROKER.explain(&error));
+            Err(explained.map_or(AmqpError::Broker(error), AmqpError::Tls))
         }
         (_, error) => Err(error),
     }
@@ -161,7 +162,7 @@ async fn open(
     name: &str,
 ) -> Result<Connection, AmqpError> {
     let explained = |error: lapin::Error| match BROKER.explain(&error) {
-        Some(sentence) => AmqpError::Tls(sentence),
+        Some(explained) => explained.into(),
         None => AmqpError::Broker(error),
     };
     // Ours and not lapin's, which at `log.level = "trace"` logs the address with its password, and
@@ -265,7 +266,7 @@ pub(super) async fn tls(
     });
     match reading.await {
         Ok(config) => Ok(Some(config?.into())),
-        Err(panic) => Err(AmqpError::Tls(format!("certificates cannot be read: {panic}"))),
+        Err(panic) => Err(AmqpError::Reading(panic)),
     }
 }
 

@@ -17,6 +17,7 @@ use tokio::time::{sleep, timeout};
 use angler_core::class_sets::catalog::Catalog;
 use angler_core::class_sets::shadow::Shadow;
 use angler_wire::control::{Answer, MAX_REQUEST_BYTES, REPLY_TYPE, REQUEST_TYPE, Reply, Request};
+use angler_wire::text::chain;
 
 use super::control::{Open, open};
 use super::losses::{JobCopy, Losses};
@@ -60,7 +61,7 @@ impl ControlListener {
                     close(&open.connection).await;
                     reason
                 }
-                Err(error) => error.to_string(),
+                Err(error) => chain(&error),
             };
             let pause = backoff.pause();
             tracing::warn!(
@@ -76,7 +77,7 @@ impl ControlListener {
     async fn listen(self: &Arc<Self>, open: &Open, backoff: &mut Backoff) -> String {
         let mut requests = match open.consume(&self.topology.control_exchange).await {
             Ok((_, consumer)) => consumer,
-            Err(error) => return error.to_string(),
+            Err(error) => return chain(&error),
         };
         backoff.reset();
         // What was announced while nobody listened.

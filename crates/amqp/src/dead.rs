@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
+use angler_wire::error::Reason;
+
 use super::publisher::{Published, Publisher};
 use super::{AmqpError, AmqpOptions};
 pub use crate::dead::letter::DeadLetter;
@@ -33,7 +35,8 @@ pub enum DeadError {
         /// The job's id.
         job: String,
         /// Why.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
 }
 
@@ -134,9 +137,9 @@ impl DeadLetter {
         let publishing = publisher.publish(jobs, &properties, &self.body);
         let reason = match timeout(PUBLISH, publishing).await {
             Ok(Published::Confirmed) => return Ok(self),
-            Ok(Published::Unroutable) => format!("the queue {jobs} does not exist"),
-            Ok(Published::TooLarge(error)) => error.to_string(),
-            Err(_) => format!("{jobs} did not confirm it within {} s", PUBLISH.as_secs()),
+            Ok(Published::Unroutable) => format!("the queue {jobs} does not exist").into(),
+            Ok(Published::TooLarge(error)) => Reason::of(error),
+            Err(_) => format!("{jobs} did not confirm it within {} s", PUBLISH.as_secs()).into(),
         };
         Err(DeadError::NotPublished { job: self.job, reason })
     }

@@ -53,7 +53,7 @@ pub async fn greeting(options: &AmqpOptions, address: &Address) -> Result<Server
         frame(&mut stream).await
     };
     let payload = start.await.map_err(|error: Error| match BROKER.explain(&error) {
-        Some(sentence) => AmqpError::Tls(sentence),
+        Some(explained) => explained.into(),
         // It hung up, or sent something else.
         None if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::InvalidData) => {
             AmqpError::Foreign

@@ -31,9 +31,11 @@ use std::time::Duration;
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Connection, ErrorKind};
+use tokio::task::JoinError;
 
-use angler_tls::TlsError;
+use angler_tls::{HandshakeError, TlsError};
 use angler_wire::job::JOB_TYPE;
+use angler_wire::text::chain;
 
 use crate::address::UrlError;
 pub use crate::connect::connect;
@@ -64,11 +66,14 @@ pub enum AmqpError {
     #[error(transparent)]
     File(#[from] TlsError),
     /// No TLS connection came about.
-    #[error("{0}")]
-    Tls(String),
-    /// The client or the broker said no. No `source`: its text already holds the causes.
-    #[error("{0}")]
-    Broker(lapin::Error),
+    #[error(transparent)]
+    Tls(#[from] HandshakeError),
+    /// The thread that reads certificates panicked.
+    #[error("certificates cannot be read")]
+    Reading(#[source] JoinError),
+    /// The client or the broker said no.
+    #[error(transparent)]
+    Broker(#[from] lapin::Error),
     /// Another server.
     #[error("what listens there does not speak AMQP 0-9-1")]
     Foreign,
@@ -91,14 +96,8 @@ pub enum AmqpError {
 }
 
 fn listed(errors: &[(String, AmqpError)]) -> String {
-    let each = errors.iter().map(|(address, error)| format!("{address}: {error}"));
+    let each = errors.iter().map(|(address, error)| format!("{address}: {}", chain(error)));
     each.collect::<Vec<_>>().join("; ")
-}
-
-impl From<lapin::Error> for AmqpError {
-    fn from(error: lapin::Error) -> Self {
-        Self::Broker(error)
-    }
 }
 
 impl AmqpError {

@@ -35,6 +35,8 @@ use self::blocked::Blocked;
 use self::channels::{Lease, State};
 use self::missing::Missing;
 use self::waiting::Waiting;
+use angler_wire::text::chain;
+
 use super::ask::{is_missing, look, question};
 use super::topology::Topology;
 use super::{AmqpError, AmqpOptions, Backoff, connect, is_direct_reply, short};
@@ -276,7 +278,7 @@ impl Publisher {
                 }
                 Ok(published) => return Ok(published),
                 Err(Failed::Queue(refusal)) => return Err(refusal),
-                Err(Failed::Channel(reason)) => reason,
+                Err(Failed::Channel(reason)) => chain(&reason),
                 Err(Failed::Silent(waited)) => format!("no answer within {} s", waited.as_secs()),
             };
             let pause = backoff.pause();
@@ -371,7 +373,8 @@ impl Publisher {
                     state.set_live(connection, watch);
                 }
                 Err(error) => {
-                    self.set_unreachable(Some(error.to_string()));
+                    let error = chain(&error);
+                    self.set_unreachable(Some(error.clone()));
                     let pause = backoff.pause();
                     tracing::warn!(
                         pause_seconds = pause.as_secs_f64(),

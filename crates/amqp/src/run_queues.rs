@@ -33,19 +33,23 @@ pub const MAX_BASE_BYTES: usize = 255 - ".run.@.cancelled".len() - MAX_RUN_BYTES
 /// How long a queue is kept that only says something of a run. By then the run's jobs are gone.
 const SAYS: i64 = 7 * 24 * 3600 * 1000; // ms
 
+/// A text that cannot be a run's id.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0:?} cannot be a run's id: 1 to {MAX_RUN_BYTES} of letters, digits, '.', '_', '-' and '/'"
+)]
+pub struct RunIdError(String);
+
 /// Checks a run id: 1 to 128 of letters, digits, `.`, `_`, `-` and `/`.
 ///
 /// # Errors
-/// A sentence that says what it may consist of.
-pub fn check_run(id: &str) -> Result<(), String> {
+/// [`RunIdError`].
+pub fn check_run(id: &str) -> Result<(), RunIdError> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/');
     if (1..=MAX_RUN_BYTES).contains(&id.len()) && id.chars().all(allowed) {
         return Ok(());
     }
-    let shown: String = id.chars().take(80).collect();
-    Err(format!(
-        "{shown:?} cannot be a run's id: 1 to {MAX_RUN_BYTES} of letters, digits, '.', '_', '-' and '/'"
-    ))
+    Err(RunIdError(id.chars().take(80).collect()))
 }
 
 /// What a fleet's other queues are named after: its first jobs queue.

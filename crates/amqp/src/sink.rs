@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use angler_core::sink::{ResultSink, SinkError};
 use angler_core::source::Reply;
 use angler_metrics::Metrics;
-use angler_wire::error::FatalError;
+use angler_wire::error::{FatalError, Reason};
 use angler_wire::job::{JobResult, RESULT_TYPE, Run};
 
 use crate::publisher::{Published, Publisher, Refusal, TooLarge};
@@ -156,7 +156,7 @@ impl ResultSink for AmqpSink {
     async fn publish(&self, result: &JobResult, reply: &Reply) -> Result<(), SinkError> {
         let body = result
             .to_json()
-            .map_err(|e| FatalError::Sink(format!("a result cannot be written as JSON: {e}")))?;
+            .map_err(|e| FatalError::Sink(Reason::new("a result cannot be written as JSON", e)))?;
         let correlation = reply.correlation_id.as_deref().unwrap_or(&result.id);
         let mut notes: Vec<(&str, &str)> = Vec::new();
         if let Some(traceparent) = &reply.traceparent {
@@ -172,7 +172,7 @@ impl ResultSink for AmqpSink {
                 .with_headers(headers(notes.iter().copied()))
         };
         let too_large =
-            |error: TooLarge| SinkError::TooLarge { bytes: body.len(), reason: error.to_string() };
+            |error: TooLarge| SinkError::TooLarge { bytes: body.len(), reason: Reason::of(error) };
         let mut is_done = false;
         if let Some(queue) = &reply.to {
             match self.reply(queue, result, &properties(&notes), &body).await.map_err(too_large)? {

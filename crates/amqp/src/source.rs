@@ -28,6 +28,7 @@ use angler_core::readiness::Readiness;
 use angler_core::source::{Delivery, JobSource};
 use angler_wire::error::FatalError;
 use angler_wire::job::JobLimits;
+use angler_wire::text::chain;
 
 use crate::losses::Losses;
 use crate::publisher::Publisher;
@@ -193,7 +194,7 @@ impl AmqpSource {
                     self.reader.frame_max = live.frame_max();
                     self.live = Some(live);
                 }
-                Ok(Err(error)) => self.try_again(&error.to_string()),
+                Ok(Err(error)) => self.try_again(&chain(&error)),
                 Err(panic) => self.try_again(&panic.to_string()),
             }
         }

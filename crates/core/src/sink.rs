@@ -5,7 +5,7 @@ pub mod jsonl;
 use async_trait::async_trait;
 use tokio::sync::watch;
 
-use angler_wire::error::FatalError;
+use angler_wire::error::{FatalError, Reason};
 use angler_wire::job::JobResult;
 
 use crate::source::Reply;
@@ -22,7 +22,8 @@ pub enum SinkError {
         /// Bytes of the result.
         bytes: usize,
         /// What the broker said.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
 }
 

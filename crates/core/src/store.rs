@@ -12,7 +12,7 @@ use futures_util::stream::BoxStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use angler_metrics::stopwatch::Stopwatch;
-use angler_wire::error::{ImageError, ImageErrorCode};
+use angler_wire::error::{ImageError, ImageErrorCode, Reason};
 
 /// Fetches images.
 #[async_trait]
@@ -264,7 +264,7 @@ pub enum ObjectError {
     TooLarge(String),
     /// The store refused or did not answer.
     #[error("{0}")]
-    Unavailable(String),
+    Unavailable(#[source] Reason),
 }
 
 impl ObjectError {

@@ -24,7 +24,8 @@ use serde::{Deserialize, Serialize};
 use angler_pixels::PixelSpec;
 use angler_vectors::ClassVectors;
 use angler_vectors::score::ClassScore;
-use angler_wire::text::plural;
+use angler_wire::error::Reason;
+use angler_wire::text::{chain, plural};
 
 use crate::model::Model;
 
@@ -118,13 +119,13 @@ pub struct Scores {
 pub enum EmbedError {
     /// This batch failed; the back end goes on.
     #[error("{0}")]
-    Batch(String),
+    Batch(#[source] Reason),
     /// The device had no memory for so many images; fewer may fit.
     #[error("{0}")]
-    OutOfMemory(String),
+    OutOfMemory(#[source] Reason),
     /// The back end is broken for good.
     #[error("{0}")]
-    Broken(String),
+    Broken(#[source] Reason),
 }
 
 /// What executes a model.
@@ -244,17 +245,18 @@ pub struct Options {
 pub enum OpenError {
     /// The one that was named does not work.
     #[error(
-        "embedder.backend = {name:?} does not work here: {reason} (embedder.allow_fallback = true would try the next best)"
+        "embedder.backend = {name:?} does not work here (embedder.allow_fallback = true would try the next best): {reason}"
     )]
     Named {
         /// What was asked for.
         name: &'static str,
         /// What is missing.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
-    /// None works.
-    #[error("no back end works here: {0}")]
-    None(String),
+    /// None works: each one's name and what it misses.
+    #[error("no back end works here: {}", refusals(.0).trim_start_matches("; "))]
+    None(Vec<(&'static str, Reason)>),
 }
 
 /// The embedders that were opened, one for each engine thread, and why these.
@@ -285,7 +287,7 @@ pub fn open(model: &Model, options: &Options) -> Result<Opened, OpenError> {
         Onnxruntime => &[Onnxruntime],
         Tract => &[Tract],
     };
-    let mut failed: Vec<(&'static str, String)> = Vec::new();
+    let mut failed = Vec::new();
     for choice in order {
         match open_one(model, options, *choice) {
             Ok((embedders, detail)) if !embedders.is_empty() => {
@@ -294,22 +296,22 @@ pub fn open(model: &Model, options: &Options) -> Result<Opened, OpenError> {
                 reason.push_str(&refusals(&failed));
                 return Ok(Opened { embedders, backend, reason });
             }
-            Ok(_) => failed.push((choice.as_str(), "embedder.devices is empty".to_owned())),
-            // Some libraries end their sentences with a line break.
-            Err(reason) => failed.push((choice.as_str(), reason.trim_end().to_owned())),
+            Ok(_) => failed.push((choice.as_str(), "embedder.devices is empty".into())),
+            Err(reason) => failed.push((choice.as_str(), reason)),
         }
     }
     match failed.pop() {
         Some((name, reason)) if order.len() == 1 => Err(OpenError::Named { name, reason }),
         last => {
             failed.extend(last);
-            Err(OpenError::None(refusals(&failed).trim_start_matches("; ").to_owned()))
+            Err(OpenError::None(failed))
         }
     }
 }
 
 /// Why each back end was passed over; neighbours with the same reason share it.
-fn refusals(failed: &[(&'static str, String)]) -> String {
+fn refusals(failed: &[(&'static str, Reason)]) -> String {
+    let failed: Vec<_> = failed.iter().map(|(name, reason)| (*name, chain(reason))).collect();
     let same = failed.chunk_by(|a, b| a.1 == b.1);
     same.map(|group| {
         let names: Vec<&str> = group.iter().map(|(name, _)| *name).collect();
@@ -320,7 +322,7 @@ fn refusals(failed: &[(&'static str, String)]) -> String {
 
 type OpenedOne = (Vec<Box<dyn Embedder>>, String);
 
-fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<OpenedOne, String> {
+fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<OpenedOne, Reason> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     if choice == BackendChoice::Tract || choice == BackendChoice::Auto {
         let threads = if options.threads == 0 { cores } else { options.threads };
@@ -356,11 +358,11 @@ fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<O
     let open = |graph: Option<&[u8]>| open_all(&runtime, model, options, &lanes, graph);
     let (embedders, scoring) = match fused_graph(model, options, choice) {
         None => (open(None)?, on_the_host(None)),
-        Some(Err(reason)) => (open(None)?, on_the_host(Some(&reason))),
+        Some(Err(reason)) => (open(None)?, on_the_host(Some(&chain(&reason)))),
         Some(Ok(graph)) => match open(Some(&graph)) {
             Ok(embedders) => (embedders, "scored in the graph".to_owned()),
             // Scoring is no reason to be without the back end.
-            Err(reason) => (open(None)?, on_the_host(Some(&reason))),
+            Err(reason) => (open(None)?, on_the_host(Some(&chain(&reason)))),
         },
     };
     let executed: BTreeSet<String> = embedders.iter().map(|one| one.executed()).collect();
@@ -377,7 +379,7 @@ fn open_all(
     options: &Options,
     lanes: &[(onnxruntime::Provider, onnxruntime::Size)],
     graph: Option<&[u8]>,
-) -> Result<Vec<onnxruntime::OnnxRuntimeEmbedder>, String> {
+) -> Result<Vec<onnxruntime::OnnxRuntimeEmbedder>, Reason> {
     let mut memories: Vec<(onnxruntime::Provider, Arc<onnxruntime::Memory>)> = Vec::new();
     let mut open = |(provider, size): &(onnxruntime::Provider, onnxruntime::Size)| {
         let memory = match memories.iter().find(|(known, _)| known == provider) {
@@ -396,7 +398,7 @@ fn open_all(
         if *provider != onnxruntime::Provider::Cpu {
             let PixelSpec { width, height, .. } = model.pixels;
             let black = Array4::zeros((1, height as usize, width as usize, 3));
-            session.embed(black.view()).map_err(|e| format!("its first image failed: {e}"))?;
+            session.embed(black.view()).map_err(|e| Reason::new("its first image failed", e))?;
         }
         Ok(session)
     };
@@ -408,15 +410,15 @@ fn fused_graph(
     model: &Model,
     options: &Options,
     choice: BackendChoice,
-) -> Option<Result<Vec<u8>, String>> {
+) -> Option<Result<Vec<u8>, Reason>> {
     let gpu = choice != BackendChoice::Onnxruntime;
     match choice {
         _ if !options.scoring.in_graph(gpu) => None,
         // Its engine is made for a range of shapes, and a set outside of it would take minutes.
         BackendChoice::Tensorrt => {
-            Some(Err("TensorRT would build its engine anew for a larger set".to_owned()))
+            Some(Err("TensorRT would build its engine anew for a larger set".into()))
         }
-        _ => Some(model.fused_graph().map_err(|e| e.to_string())),
+        _ => Some(model.fused_graph().map_err(Reason::of)),
     }
 }
 
@@ -454,10 +456,10 @@ pub(crate) fn embeddings(
     dim: usize,
 ) -> Result<Array2<f32>, EmbedError> {
     Array2::from_shape_vec((images, dim), values.to_vec()).map_err(|_| {
-        EmbedError::Broken(format!(
-            "the graph gave {} values for {images} image(s), but model.toml says output.dim = {dim}",
-            values.len()
-        ))
+        let given = values.len();
+        EmbedError::Broken(
+            format!("the graph gave {given} values for {images} image(s), but model.toml says output.dim = {dim}").into(),
+        )
     })
 }
 

@@ -34,7 +34,7 @@ use angler_metrics::trace::JobTrace;
 use angler_metrics::{Clock, CloseReason, Metrics};
 use angler_vectors::ClassVectors;
 use angler_vectors::score::{ClassScore, Scorer};
-use angler_wire::error::{FatalError, ImageError};
+use angler_wire::error::{FatalError, ImageError, Reason};
 
 use crate::embed::{Backend, ClassMemory, Embedder};
 
@@ -139,7 +139,7 @@ struct Inner {
     items: mpsc::Sender<Item>,
     frames: Arc<Frames>,
     draining: watch::Sender<bool>,
-    broken: watch::Receiver<Option<String>>,
+    broken: watch::Receiver<Option<Reason>>,
     closed: CancellationToken,
     threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
     stats: Arc<EngineStats>,
@@ -184,11 +184,10 @@ impl Engine {
         on_failure: OnFailure,
         metrics: Arc<Metrics>,
     ) -> Result<Self, FatalError> {
-        let fatal = |e: String| FatalError::Engine(e);
         let backend = embedders
             .first()
             .map(|e| e.backend())
-            .ok_or_else(|| fatal("there is no embedder".to_owned()))?;
+            .ok_or_else(|| FatalError::Engine("there is no embedder".into()))?;
         // A queue of one batch in front of the batcher: what waits beyond that waits in `submit`.
         let (items, queued) = mpsc::channel(policy.max_batch);
         let (batches, ready) = mpsc::channel(1);
@@ -223,7 +222,7 @@ impl Engine {
                 executor::spawn(lane, embedder, (width, height), shared.clone())
             })
             .collect::<Result<Vec<_>, _>>()
-            .map_err(fatal)?;
+            .map_err(FatalError::Engine)?;
         tokio::spawn(
             batcher::Batcher {
                 policy,
@@ -302,10 +301,8 @@ impl Engine {
     /// Returns once the engine is broken for good, with the reason; else never.
     pub async fn broken(&self) -> FatalError {
         let mut broken = self.inner.broken.clone();
-        match broken.wait_for(Option::is_some).await {
-            Ok(reason) => FatalError::Engine(reason.clone().unwrap_or_default()),
-            Err(_) => FatalError::Engine("its threads are gone".to_owned()),
-        }
+        let reason = broken.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone());
+        FatalError::Engine(reason.unwrap_or_else(|| "its threads are gone".into()))
     }
 
     /// What executes.

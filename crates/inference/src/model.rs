@@ -13,7 +13,8 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use angler_pixels::{Filter, PixelSpec, Resize};
-use angler_wire::job::hex;
+use angler_wire::error::Reason;
+use angler_wire::job::{check_name, hex};
 
 /// Name of the u8 input that the edited graph has: [N, H, W, 3], RGB.
 pub const PIXELS_INPUT: &str = "angler_pixels";
@@ -22,12 +23,12 @@ pub const PIXELS_INPUT: &str = "angler_pixels";
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// A file is missing or unreadable.
-    #[error("cannot read {path}: {reason} (model.path must be a folder with model.onnx and model.toml)", path = path.display())]
+    #[error("cannot read {path} (model.path must be a folder with model.onnx and model.toml)", path = path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,
         /// What the system said.
-        reason: String,
+        source: std::io::Error,
     },
     /// `model.toml` does not follow the format.
     #[error("{place}: {reason}")]
@@ -35,7 +36,8 @@ pub enum ModelError {
         /// The file.
         place: String,
         /// What is wrong in it.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
     /// `model.onnx` is no ONNX model, or one that cannot be used.
     #[error("{place}: {reason}")]
@@ -43,7 +45,8 @@ pub enum ModelError {
         /// The file.
         place: String,
         /// What is wrong with it.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
     /// The two files contradict each other.
     #[error("{place}: model.toml says {said}, but the graph {has}")]
@@ -156,14 +159,12 @@ impl Model {
     /// [`ModelError`], which names the file and, for a contradiction, both sides.
     pub fn load(path: &str) -> Result<Self, ModelError> {
         let folder = Path::new(path);
-        let unreadable = |file: &Path, e: &dyn std::fmt::Display| ModelError::Unreadable {
-            path: file.to_owned(),
-            reason: e.to_string(),
-        };
         let toml = folder.join("model.toml");
-        let description = std::fs::read_to_string(&toml).map_err(|e| unreadable(&toml, &e))?;
+        let description = std::fs::read_to_string(&toml)
+            .map_err(|source| ModelError::Unreadable { path: toml, source })?;
         let onnx = folder.join("model.onnx");
-        let graph = std::fs::read(&onnx).map_err(|e| unreadable(&onnx, &e))?;
+        let graph =
+            std::fs::read(&onnx).map_err(|source| ModelError::Unreadable { path: onnx, source })?;
         Self::from_parts(&graph, &description, path)
     }
 
@@ -172,12 +173,12 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn from_parts(onnx: &[u8], description: &str, place: &str) -> Result<Self, ModelError> {
-        let wrong = |reason: String| ModelError::Description {
+        let wrong = |reason: Reason| ModelError::Description {
             place: format!("{place}/model.toml"),
             reason,
         };
         let d: Description =
-            toml::from_str(description).map_err(|e| wrong(e.to_string().trim().to_owned()))?;
+            toml::from_str(description).map_err(|e| wrong(Reason::new(e.to_string().trim(), e)))?;
         let pixels = d.input.pixel_spec().map_err(wrong)?;
         d.check().map_err(wrong)?;
         let transform = d.input.transform();
@@ -203,27 +204,27 @@ impl Model {
 }
 
 impl Description {
-    fn check(&self) -> Result<(), String> {
-        angler_wire::job::check_name(&self.name).map_err(|e| format!("name: {e}"))?;
+    fn check(&self) -> Result<(), Reason> {
+        check_name(&self.name).map_err(|e| Reason::new("name", e))?;
         if self.output.dim == 0 {
-            return Err("output.dim must be at least 1".to_owned());
+            return Err("output.dim must be at least 1".into());
         }
         if !self.input.mean.iter().all(|m| m.is_finite()) {
-            return Err("input.mean must be finite numbers".to_owned());
+            return Err("input.mean must be finite numbers".into());
         }
         if !self.input.std.iter().all(|s| s.is_finite() && *s > 0.0) {
-            return Err("input.std must be numbers above 0".to_owned());
+            return Err("input.std must be numbers above 0".into());
         }
         Ok(())
     }
 }
 
 impl InputDescription {
-    fn pixel_spec(&self) -> Result<PixelSpec, String> {
+    fn pixel_spec(&self) -> Result<PixelSpec, Reason> {
         let (width, height) = (self.width, self.height);
         // 8192² × 3 bytes are 200 MB an image: a larger input is a typing error.
         if !(1..=8192).contains(&width) || !(1..=8192).contains(&height) {
-            return Err(format!("input is {width} × {height}, each side must be 1 to 8192"));
+            return Err(format!("input is {width} × {height}, each side must be 1 to 8192").into());
         }
         let resize = match (self.resize, self.resize_to) {
             (ResizeRule::ShorterSide, Some(to)) if to >= width.max(height) && to <= 8192 => {
@@ -234,14 +235,15 @@ impl InputDescription {
                     "input.resize_to = {to}: it must be at least the larger of width and height \
                      ({}) and at most 8192",
                     width.max(height)
-                ));
+                )
+                .into());
             }
             (ResizeRule::ShorterSide, None) => {
-                return Err("input.resize = \"shorter-side\" needs input.resize_to".to_owned());
+                return Err("input.resize = \"shorter-side\" needs input.resize_to".into());
             }
             (ResizeRule::Exact, None) => Resize::Exact,
             (ResizeRule::Exact, Some(_)) => {
-                return Err("input.resize_to is for resize = \"shorter-side\" only".to_owned());
+                return Err("input.resize_to is for resize = \"shorter-side\" only".into());
             }
         };
         Ok(PixelSpec { width, height, resize, filter: self.filter })

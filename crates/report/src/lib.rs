@@ -32,6 +32,8 @@ use std::fmt::{self, Write as _};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
+use angler_wire::error::Reason;
+
 pub use bars::{Bar, Shape, bars};
 pub use confusion::confusion;
 pub use gallery::{Card, Tone, gallery};
@@ -53,16 +55,16 @@ const SHORT: usize = 14;
 #[derive(Debug, thiserror::Error)]
 pub enum PageError {
     /// The file cannot be written.
-    #[error("{}: cannot write the page: {error}", path.display())]
+    #[error("{}: cannot write the page", path.display())]
     Write {
         /// Where it was to go.
         path: PathBuf,
         /// What the system said.
-        error: std::io::Error,
+        source: std::io::Error,
     },
     /// Pixels that are no picture, or that the resizer or the encoder refused.
     #[error("cannot make a thumbnail: {0}")]
-    Thumbnail(String),
+    Thumbnail(#[source] Reason),
 }
 
 /// Markup that is safe on a page: made by this module's components, all text in it escaped.
@@ -272,7 +274,7 @@ impl Page {
 /// # Errors
 /// What the system said; the old file is then as it was.
 pub fn write(path: &Path, html: &str) -> Result<(), PageError> {
-    let failed = |error| PageError::Write { path: path.to_owned(), error };
+    let failed = |source| PageError::Write { path: path.to_owned(), source };
     let name = path.file_name().ok_or_else(|| failed(std::io::ErrorKind::IsADirectory.into()))?;
     // A name that no other writer has.
     let beside =

@@ -5,6 +5,8 @@ use fast_image_resize::{PixelType, Resizer};
 use image::ExtendedColorType;
 use image::codecs::jpeg::JpegEncoder;
 
+use angler_wire::error::Reason;
+
 use super::PageError;
 
 /// The longest side of a picture in a gallery, in pixels: sharp enough on a laptop, about 6 kB.
@@ -21,30 +23,34 @@ const QUALITY: u8 = 80;
 /// `Thumbnail`: the picture has no pixels, `rgb` is not `height * width * 3` bytes, or `max_side`
 /// is 0.
 pub fn thumbnail(rgb: &[u8], width: u32, height: u32, max_side: u32) -> Result<Vec<u8>, PageError> {
-    let failed = |error: &dyn std::fmt::Display| PageError::Thumbnail(error.to_string());
     let bytes = u128::from(width) * u128::from(height) * 3;
     if bytes == 0 || max_side == 0 || rgb.len() as u128 != bytes {
-        return Err(PageError::Thumbnail(format!(
-            "{} bytes for {width} × {height} pixels, {max_side} pixels at most",
-            rgb.len()
-        )));
+        let bytes = rgb.len();
+        let reason =
+            format!("{bytes} bytes for {width} × {height} pixels, {max_side} pixels at most");
+        return Err(PageError::Thumbnail(reason.into()));
     }
-    let source = ImageRef::new(width, height, rgb, PixelType::U8x3).map_err(|e| failed(&e))?;
+    let source = ImageRef::new(width, height, rgb, PixelType::U8x3).map_err(failed)?;
     let (width, height) = fit(width, height, max_side);
     let mut small = Image::new(width, height, PixelType::U8x3);
-    Resizer::new().resize(&source, &mut small, None).map_err(|e| failed(&e))?;
+    Resizer::new().resize(&source, &mut small, None).map_err(failed)?;
     let (width, height) = (narrow(width)?, narrow(height)?);
     let mut jpeg = Vec::new();
     JpegEncoder::new_with_quality(&mut jpeg, QUALITY)
         .encode(small.buffer(), width.into(), height.into(), ExtendedColorType::Rgb8)
-        .map_err(|e| failed(&e))?;
+        .map_err(failed)?;
     Ok(jpeg)
+}
+
+fn failed(error: impl std::error::Error + Send + Sync + 'static) -> PageError {
+    PageError::Thumbnail(Reason::of(error))
 }
 
 /// A side as JPEG counts it.
 fn narrow(side: u32) -> Result<u16, PageError> {
-    side.try_into()
-        .map_err(|_| PageError::Thumbnail(format!("a side of {side} pixels is too long for JPEG")))
+    side.try_into().map_err(|_| {
+        PageError::Thumbnail(format!("a side of {side} pixels is too long for JPEG").into())
+    })
 }
 
 /// The size in a square of `side`; no side becomes 0.

@@ -272,7 +272,7 @@ impl Taking<'_> {
                     }
                 }
                 (Ok(None), _) => {
-                    return Err(Failed::Connection("the consumer ended".to_owned()));
+                    return Err(Failed::Connection("the consumer ended".into()));
                 }
                 (Err(_), Some(ended)) => return Ok(ended),
                 (Err(_), None) if self.unacked.is_some() => self.keep().await?,
@@ -350,7 +350,7 @@ impl Taking<'_> {
                     self.accept(delivery.map_err(AmqpError::from)?, seen)?;
                 }
                 Ok(None) => return Ok(()),
-                Err(_) => return Err(Failed::Connection("the consumer did not end".to_owned())),
+                Err(_) => return Err(Failed::Connection("the consumer did not end".into())),
             }
         }
     }

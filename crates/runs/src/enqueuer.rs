@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use angler_amqp::AmqpOptions;
 use angler_amqp::topology::Topology;
+use angler_wire::error::Reason;
 use angler_wire::job::{ClassSelector, ImageRef, Job, Run, hex};
 
 use super::mark::{Mark, MarkError};
@@ -142,16 +143,17 @@ pub enum EnqueueError {
         /// Jobs that the run has.
         jobs: u64,
         /// What was in the way.
+        #[source]
         why: Obstacle,
     },
     /// What was sent before cannot be told.
     #[error(transparent)]
     Mark(#[from] MarkError),
     /// The list of images could not be read again.
-    #[error("cannot read the list of images: {0}")]
+    #[error("cannot read the list of images")]
     Images(#[from] std::io::Error),
     /// A job is not what it should be.
-    #[error("cannot write a job: {0}")]
+    #[error("cannot write a job")]
     Json(#[from] serde_json::Error),
 }
 
@@ -180,7 +182,8 @@ pub enum Obstacle {
         /// For how long.
         seconds: u64,
         /// What it said last.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
 }
 
@@ -195,7 +198,7 @@ impl From<MarkError> for Failed<EnqueueError> {
         match error {
             MarkError::Unreadable { .. } => Self::Final(error.into()),
             MarkError::Amqp(error) => error.into(),
-            other => Self::Connection(other.to_string()),
+            other => Self::Connection(Reason::of(other)),
         }
     }
 }

@@ -34,7 +34,7 @@ pub struct Journal {
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// The system refused something.
-    #[error("cannot keep results in {path}: {source}")]
+    #[error("cannot keep results in {path}")]
     Io {
         /// The journal.
         path: PathBuf,

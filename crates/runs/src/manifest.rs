@@ -8,6 +8,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
+use angler_wire::error::Reason;
 use angler_wire::job::ImageRef;
 
 use super::spool::Spool;
@@ -49,7 +50,8 @@ pub enum ManifestError {
         /// From 1.
         line: u64,
         /// What is wrong.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
     /// A row is no image.
     #[error("{place}, row {row}: {reason}")]
@@ -59,7 +61,8 @@ pub enum ManifestError {
         /// From 1.
         row: u64,
         /// What is wrong.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
     /// It is no Parquet file, or none with images.
     #[error("{place} {reason}")]
@@ -67,16 +70,17 @@ pub enum ManifestError {
         /// The list.
         place: String,
         /// What is wrong.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
     /// It has no column of URIs.
     #[error("{0} has no column `uri`: its first line must name the columns")]
     NoColumn(String),
     /// It cannot be read.
-    #[error("{0} cannot be read: {1}")]
-    Read(String, std::io::Error),
+    #[error("{0} cannot be read")]
+    Read(String, #[source] std::io::Error),
     /// The disk is full, perhaps.
-    #[error("the list of images cannot be kept: {0}")]
+    #[error("the list of images cannot be kept")]
     Spool(#[from] std::io::Error),
 }
 
@@ -89,7 +93,7 @@ pub fn read(
     format: Format,
     place: &str,
     spool: &mut Spool,
-    check: impl Fn(&str) -> Result<(), String>,
+    check: impl Fn(&str) -> Result<(), Reason>,
 ) -> Result<(), ManifestError> {
     if format == Format::Parquet {
         // It is read from its end: what comes through a pipe is put into a file first.
@@ -98,7 +102,7 @@ pub fn read(
         return columns(file, place, spool, check);
     }
     let wrong =
-        |line: u64, reason: String| ManifestError::Line { place: place.to_owned(), line, reason };
+        |line: u64, reason: Reason| ManifestError::Line { place: place.to_owned(), line, reason };
     let mut push = |line: u64, image: ImageRef| {
         check(&image.uri).map_err(|reason| wrong(line, reason))?;
         spool.push(image).map_err(ManifestError::from)
@@ -109,7 +113,7 @@ pub fn read(
     for (line, text) in lines(source).enumerate() {
         let line = line as u64 + 1;
         let text = text.map_err(|e| match e.kind() {
-            std::io::ErrorKind::InvalidData => wrong(line, e.to_string()),
+            std::io::ErrorKind::InvalidData => wrong(line, Reason::of(e)),
             _ => ManifestError::Read(place.to_owned(), e),
         })?;
         let text = text.trim();
@@ -117,7 +121,7 @@ pub fn read(
             continue;
         }
         let image = match format {
-            Format::Jsonl => serde_json::from_str(text).map_err(|e| wrong(line, e.to_string()))?,
+            Format::Jsonl => serde_json::from_str(text).map_err(|e| wrong(line, Reason::of(e)))?,
             Format::Text | Format::Csv | Format::Parquet => {
                 ImageRef { uri: text.to_owned(), id: None }
             }
@@ -136,7 +140,7 @@ pub fn read_file(
     format: Format,
     place: &str,
     spool: &mut Spool,
-    check: impl Fn(&str) -> Result<(), String>,
+    check: impl Fn(&str) -> Result<(), Reason>,
 ) -> Result<(), ManifestError> {
     // A named pipe is no file that can be read from its end.
     match format == Format::Parquet && file.metadata().is_ok_and(|of| of.is_file()) {
@@ -149,7 +153,7 @@ fn columns(
     file: File,
     place: &str,
     spool: &mut Spool,
-    check: impl Fn(&str) -> Result<(), String>,
+    check: impl Fn(&str) -> Result<(), Reason>,
 ) -> Result<(), ManifestError> {
     columnar::read(file, place, |row, image| {
         check(&image.uri).map_err(|reason| ManifestError::Row {
@@ -183,7 +187,7 @@ fn lines(mut source: impl BufRead) -> impl Iterator<Item = std::io::Result<Strin
 fn csv(
     source: impl BufRead,
     place: &str,
-    wrong: impl Fn(u64, String) -> ManifestError,
+    wrong: impl Fn(u64, Reason) -> ManifestError,
     mut push: impl FnMut(u64, ImageRef) -> Result<(), ManifestError>,
 ) -> Result<(), ManifestError> {
     #[derive(Deserialize)]
@@ -196,14 +200,11 @@ fn csv(
         let line = e.position().map_or(1, csv::Position::line);
         match e.into_kind() {
             csv::ErrorKind::Io(e) => ManifestError::Read(place.to_owned(), e),
-            csv::ErrorKind::Utf8 { err, .. } => wrong(line, format!("not UTF-8: {err}")),
+            csv::ErrorKind::Utf8 { err, .. } => wrong(line, Reason::new("not UTF-8", err)),
             csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
-                wrong(line, format!("it has {len} columns, the first line {expected_len}"))
+                wrong(line, format!("it has {len} columns, the first line {expected_len}").into())
             }
-            other => wrong(
-                line,
-                csv::Error::from(std::io::Error::other(format!("{other:?}"))).to_string(),
-            ),
+            other => wrong(line, format!("{other:?}").into()),
         }
     };
     let headers = reader.headers().map_err(failed)?.clone();
@@ -214,7 +215,7 @@ fn csv(
     while reader.read_record(&mut record).map_err(failed)? {
         let line = record.position().map_or(0, csv::Position::line);
         let Row { uri, id } =
-            record.deserialize(Some(&headers)).map_err(|e| wrong(line, e.to_string()))?;
+            record.deserialize(Some(&headers)).map_err(|e| wrong(line, Reason::of(e)))?;
         push(line, ImageRef { uri, id: id.filter(|id| !id.is_empty()) })?;
     }
     Ok(())
@@ -222,15 +223,17 @@ fn csv(
 
 #[cfg(test)]
 mod tests {
+    use angler_wire::text::chain;
+
     use super::*;
 
     fn images(text: &str, format: Format) -> Result<Vec<(String, Option<String>)>, String> {
         let mut spool = Spool::new().unwrap();
         let check = |uri: &str| match uri.starts_with("s3://") {
             true => Ok(()),
-            false => Err(format!("{uri:?} is not an s3:// URI")),
+            false => Err(format!("{uri:?} is not an s3:// URI").into()),
         };
-        read(text.as_bytes(), format, "list", &mut spool, check).map_err(|e| e.to_string())?;
+        read(text.as_bytes(), format, "list", &mut spool, check).map_err(|e| chain(&e))?;
         let images = spool.finish().unwrap();
         let all =
             images.jobs_from(0, 1000).unwrap().next().transpose().unwrap().unwrap_or_default();

@@ -23,6 +23,7 @@ use angler_amqp::ask::{answer, is_missing, is_unserved, look_at};
 use angler_amqp::run_queues::{IdQueues, NONCE_BYTES, RunQueues, declare, kept};
 use angler_amqp::turn::{Turn, TurnError};
 use angler_amqp::{AmqpError, short};
+use angler_wire::error::Reason;
 
 /// AMQP property `type` of a record.
 const TYPE: &str = "angler.run.mark.v1";
@@ -96,7 +97,8 @@ pub enum MarkError {
         /// The mark's queue.
         queue: String,
         /// What the broker said.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
     /// What the queue holds is no mark.
     #[error(
@@ -179,7 +181,7 @@ async fn look_once(connection: &Connection, names: &IdQueues) -> Result<Look, Ma
             Err(error) if is_missing(&error, &names.mark) => return Ok(Look::Missing),
             Err(error) if is_unserved(&error) => {
                 let (run, queue) = (names.run.clone(), names.mark.clone());
-                return Err(MarkError::Lost { run, queue, reason: error.to_string() });
+                return Err(MarkError::Lost { run, queue, reason: Reason::of(error) });
             }
             message => message?,
         };

@@ -7,11 +7,13 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use angler_amqp::{AmqpError, AmqpOptions, Backoff, close, connect};
+use angler_wire::error::Reason;
+use angler_wire::text::chain;
 
 /// Why an attempt ended before its work did.
 pub(super) enum Failed<E> {
     /// Another attempt may succeed.
-    Connection(String),
+    Connection(Reason),
     /// The user lacks a right, in the broker's words.
     Denied(String),
     /// None will.
@@ -22,7 +24,7 @@ impl<E> From<AmqpError> for Failed<E> {
     fn from(error: AmqpError) -> Self {
         match error.denied() {
             Some(words) => Self::Denied(words),
-            None => Self::Connection(error.to_string()),
+            None => Self::Connection(Reason::of(error)),
         }
     }
 }
@@ -36,7 +38,7 @@ pub(super) enum Ended<T> {
     /// The user lacks a right, in the broker's words.
     Denied(String),
     /// Connections failed and nothing progressed for as long as [`Reconnect::patience`].
-    Away(String),
+    Away(Reason),
 }
 
 /// How connections are made and replaced.
@@ -70,7 +72,7 @@ impl Reconnect<'_> {
                     outcome
                 }
                 // Also if the login is refused: a broker that starts may not know its users yet.
-                Err(error) => Err(Failed::Connection(error.to_string())),
+                Err(error) => Err(Failed::Connection(Reason::of(error))),
             };
             let reason = match outcome {
                 Ok(done) => return Ok(Ended::Done(done)),
@@ -87,7 +89,8 @@ impl Reconnect<'_> {
             let pause = backoff.pause();
             tracing::warn!(
                 pause_seconds = pause.as_secs_f64(),
-                "{role}: reconnecting to the broker: {reason}"
+                "{role}: reconnecting to the broker: {}",
+                chain(&reason)
             );
             tokio::select! {
                 () = sleep(pause) => {}

@@ -16,6 +16,7 @@ use angler_amqp::ask::{answer, look_at};
 use angler_amqp::queue_scan::{Pass, PassError};
 use angler_amqp::run_queues::{IdQueues, base, declare, kept};
 use angler_amqp::{AmqpError, AmqpOptions, close, connect, put, short};
+use angler_wire::error::Reason;
 
 use super::mark::{self, Mark, MarkError};
 
@@ -63,7 +64,7 @@ pub struct State {
 }
 
 /// A run of the list, and how it is or why that cannot be told now.
-pub type Listed = (Begun, Result<State, String>);
+pub type Listed = (Begun, Result<State, Reason>);
 
 /// The name of the list of the fleet whose first jobs queue is `jobs`.
 pub fn list(jobs: &str) -> String {
@@ -158,7 +159,7 @@ async fn read(
 }
 
 /// Looks at a run over a connection of its own, which a queue that cannot be reached may cost.
-async fn look(options: &AmqpOptions, jobs: &str, begun: &Begun) -> Result<Option<State>, String> {
+async fn look(options: &AmqpOptions, jobs: &str, begun: &Begun) -> Result<Option<State>, Reason> {
     let looking = async {
         let connection = connect(options, "runs").await?;
         let found = state(&connection, jobs, &begun.run).await;
@@ -167,8 +168,8 @@ async fn look(options: &AmqpOptions, jobs: &str, begun: &Begun) -> Result<Option
     };
     match timeout(LOOK, looking).await {
         Ok(Ok(found)) => Ok(found.filter(|(mark, _)| mark.nonce == begun.nonce).map(|(_, s)| s)),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("the broker did not answer within {} s", LOOK.as_secs())),
+        Ok(Err(error)) => Err(Reason::of(error)),
+        Err(_) => Err(format!("the broker did not answer within {} s", LOOK.as_secs()).into()),
     }
 }
 

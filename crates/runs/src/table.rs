@@ -6,7 +6,7 @@
 mod columns;
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Serialize, Serializer};
 
@@ -29,17 +29,22 @@ pub enum Format {
 /// The formats' endings, as a sentence names them.
 pub const ENDINGS: &str = ".jsonl, .csv or .parquet";
 
+/// A file whose ending names no format.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: results are written as {ENDINGS}", .0.display())]
+pub struct UnknownEnding(PathBuf);
+
 impl Format {
     /// By a file's ending.
     ///
     /// # Errors
-    /// A sentence that says which endings there are.
-    pub fn of(path: &Path) -> Result<Self, String> {
+    /// [`UnknownEnding`].
+    pub fn of(path: &Path) -> Result<Self, UnknownEnding> {
         match path.extension().and_then(|ending| ending.to_str()) {
             Some("jsonl" | "ndjson") => Ok(Self::Jsonl),
             Some("csv") => Ok(Self::Csv),
             Some("parquet") => Ok(Self::Parquet),
-            _ => Err(format!("{}: results are written as {ENDINGS}", path.display())),
+            _ => Err(UnknownEnding(path.to_owned())),
         }
     }
 }

@@ -15,7 +15,7 @@ use angler_core::store::{
     ByteBudget, ETag, Fetched, Got, ImageStore, Listed, Object, ObjectError, ObjectStore,
     SMALL_OBJECT_BYTES,
 };
-use angler_wire::error::{ImageError, ImageErrorCode};
+use angler_wire::error::{ImageError, ImageErrorCode, Reason};
 use angler_wire::job::hex;
 
 /// Images as files; a URI is a path.
@@ -85,7 +85,7 @@ impl LocalObjects {
 
     /// The lock on replacing a key, free again when the file is dropped.
     async fn lock(&self, key: &str) -> Result<File, ObjectError> {
-        let file = self.at(key, |path| open_lock(path).map_err(|e| unavailable(path, &e))).await?;
+        let file = self.at(key, |path| open_lock(path).map_err(|e| unavailable(path, e))).await?;
         let deadline = Instant::now() + LOCK_WAIT;
         loop {
             let reason = match file.try_lock() {
@@ -95,13 +95,16 @@ impl LocalObjects {
                     tokio::time::sleep(Duration::from_millis(fastrand::u64(2..12))).await;
                     continue;
                 }
-                Err(TryLockError::WouldBlock) => format!(
-                    "another writer has held its lock for {} s: try again when it is done",
+                Err(TryLockError::WouldBlock) => Reason::from(format!(
+                    "{}: another writer has held its lock for {} s: try again when it is done",
+                    self.place(key),
                     LOCK_WAIT.as_secs()
-                ),
-                Err(TryLockError::Error(e)) => format!("it cannot be locked: {e}"),
+                )),
+                Err(TryLockError::Error(e)) => {
+                    Reason::new(format!("{}: it cannot be locked", self.place(key)), e)
+                }
             };
-            return Err(ObjectError::Unavailable(format!("{}: {reason}", self.place(key))));
+            return Err(ObjectError::Unavailable(reason));
         }
     }
 }
@@ -121,8 +124,7 @@ impl ObjectStore for LocalObjects {
     }
 
     async fn open(&self, key: &str) -> Result<Option<Object>, ObjectError> {
-        let opened =
-            self.at(key, |path| open_file(path).map_err(|e| unavailable(path, &e))).await?;
+        let opened = self.at(key, |path| open_file(path).map_err(|e| unavailable(path, e))).await?;
         let Some((file, bytes)) = opened else { return Ok(None) };
         let reading = Reading { file, left: bytes, place: self.place(key) };
         let chunks = stream::try_unfold(Some(reading), |reading| async {
@@ -138,7 +140,7 @@ impl ObjectStore for LocalObjects {
                 .kind()
             {
                 ErrorKind::AlreadyExists => ObjectError::Exists(path.display().to_string()),
-                _ => unavailable(path, &e),
+                _ => unavailable(path, e),
             })
         })
         .await
@@ -164,7 +166,7 @@ impl ObjectStore for LocalObjects {
     async fn list(&self, folder: &str) -> Result<Vec<Listed>, ObjectError> {
         self.at(folder, |path| match list(path) {
             Err(e) if is_missing(&e) => Ok(Vec::new()),
-            listed => listed.map_err(|e| unavailable(path, &e)),
+            listed => listed.map_err(|e| unavailable(path, e)),
         })
         .await
     }
@@ -176,11 +178,11 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ObjectError> + Send + 'static,
 ) -> Result<T, ObjectError> {
     let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|e| Err(ObjectError::Unavailable(format!("{place}: {e}"))))
+    done.unwrap_or_else(|e| Err(ObjectError::Unavailable(Reason::new(place, e))))
 }
 
-fn unavailable(path: &Path, error: &io::Error) -> ObjectError {
-    ObjectError::Unavailable(format!("{}: {error}", path.display()))
+fn unavailable(path: &Path, error: io::Error) -> ObjectError {
+    ObjectError::Unavailable(Reason::new(path.display().to_string(), error))
 }
 
 fn is_missing(error: &io::Error) -> bool {
@@ -205,7 +207,7 @@ fn open_file(path: &Path) -> io::Result<Option<(File, u64)>> {
 }
 
 fn read_small(path: &Path) -> Result<Got, ObjectError> {
-    let Some((file, bytes)) = open_file(path).map_err(|e| unavailable(path, &e))? else {
+    let Some((file, bytes)) = open_file(path).map_err(|e| unavailable(path, e))? else {
         return Ok(Got::Missing);
     };
     let place = || path.display().to_string();
@@ -213,7 +215,7 @@ fn read_small(path: &Path) -> Result<Got, ObjectError> {
     let mut content = Vec::new();
     // One more than allowed, so that a file that grows in between is noticed.
     let read = file.take(SMALL_OBJECT_BYTES + 1).read_to_end(&mut content);
-    read.map_err(|e| unavailable(path, &e))?;
+    read.map_err(|e| unavailable(path, e))?;
     ObjectError::unless_small(content.len() as u64, place)?;
     let etag = etag(&content);
     Ok(Got::Object { bytes: content.into(), etag })
@@ -247,9 +249,10 @@ impl Reading {
                 self.left -= wanted;
                 return Ok(Some((chunk.into(), (!last).then_some(self))));
             }
-            Err(e) => return Err(ObjectError::Unavailable(format!("{}: {e}", self.place))),
+            Err(e) => return Err(ObjectError::Unavailable(Reason::new(self.place, e))),
         };
-        Err(ObjectError::Unavailable(format!("{}: {changed} while it was read", self.place)))
+        let reason = format!("{}: {changed} while it was read", self.place);
+        Err(ObjectError::Unavailable(reason.into()))
     }
 }
 
@@ -300,7 +303,7 @@ fn replace_if(path: &Path, body: &[u8], expected: Option<&ETag>) -> Result<ETag,
     match written {
         Ok(()) => Ok(etag(body)),
         Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(changed()),
-        Err(e) => Err(unavailable(path, &e)),
+        Err(e) => Err(unavailable(path, e)),
     }
 }
 

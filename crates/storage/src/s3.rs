@@ -53,26 +53,54 @@ pub struct S3Uri {
     pub key: String,
 }
 
+/// What is wrong with an `s3://` URI.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum UriError {
+    /// Another scheme, or none.
+    #[error("{0:?} is not an s3:// URI")]
+    Scheme(String),
+    /// No bucket, or not a name of one.
+    #[error("{0:?} has no valid bucket name")]
+    Bucket(String),
+    /// No key, where an object is named.
+    #[error("{0:?} names a bucket but no key")]
+    NoKey(String),
+    /// A key of more bytes than S3 allows.
+    #[error("the key has {0} bytes, S3 allows 1024")]
+    Key(usize),
+}
+
 impl S3Uri {
     /// Reads `s3://bucket/key`.
     ///
     /// # Errors
-    /// A sentence that says what is wrong.
-    pub fn parse(uri: &str) -> Result<Self, String> {
-        let rest =
-            uri.strip_prefix("s3://").ok_or_else(|| format!("{uri:?} is not an s3:// URI"))?;
+    /// [`UriError`].
+    pub fn parse(uri: &str) -> Result<Self, UriError> {
+        let rest = uri.strip_prefix("s3://").ok_or_else(|| UriError::Scheme(uri.to_owned()))?;
         let (bucket, key) = rest.split_once('/').unwrap_or((rest, ""));
         // https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html, with the
         // upper case and underscores that old buckets and other servers have.
         let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
         if bucket.is_empty() || bucket.len() > 255 || !bucket.chars().all(allowed) {
-            return Err(format!("{uri:?} has no valid bucket name"));
+            return Err(UriError::Bucket(uri.to_owned()));
         }
         // S3's own limit on a key, in bytes of UTF-8.
         if key.len() > 1024 {
-            return Err(format!("the key has {} bytes, S3 allows 1024", key.len()));
+            return Err(UriError::Key(key.len()));
         }
         Ok(Self { bucket: bucket.to_owned(), key: key.to_owned() })
+    }
+
+    /// Reads `s3://bucket/key` of one object: the key is not empty.
+    ///
+    /// # Errors
+    /// [`UriError`].
+    pub fn object(uri: &str) -> Result<Self, UriError> {
+        let parsed = Self::parse(uri)?;
+        match parsed.key.is_empty() {
+            true => Err(UriError::NoKey(uri.to_owned())),
+            false => Ok(parsed),
+        }
     }
 }
 
@@ -151,12 +179,7 @@ impl S3Images {
 }
 
 fn parsed(uri: &str) -> Result<S3Uri, ImageError> {
-    let bad = |reason| ImageError::new(ImageErrorCode::BadUri, reason);
-    let parsed = S3Uri::parse(uri).map_err(bad)?;
-    if parsed.key.is_empty() {
-        return Err(bad(format!("{uri:?} names a bucket but no key")));
-    }
-    Ok(parsed)
+    S3Uri::object(uri).map_err(|e| ImageError::new(ImageErrorCode::BadUri, e.to_string()))
 }
 
 #[async_trait]

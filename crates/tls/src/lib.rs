@@ -23,11 +23,40 @@ const FILE_BYTES: u64 = 1 << 20;
 
 /// A file of certificates or a key that cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("{setting} = {path:?} cannot be used: {reason}")]
+#[error("{setting} = {path:?} cannot be used: {source}")]
 pub struct TlsError {
     setting: &'static str,
     path: PathBuf,
-    reason: String,
+    source: Fault,
+}
+
+/// No TLS connection came about. The sentence names the setting to look at.
+#[derive(Debug, thiserror::Error)]
+#[error("{sentence}")]
+pub struct HandshakeError {
+    sentence: String,
+    source: rustls::Error,
+}
+
+/// What is wrong with a file. None of these quotes the file.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    #[error(transparent)]
+    Unreadable(#[from] std::io::Error),
+    #[error("it has more than {FILE_BYTES} bytes")]
+    TooLarge,
+    #[error("there is no certificate in it, as PEM")]
+    NoCertificate,
+    #[error("certificate {0} in it is no authority's")]
+    NotAnAuthority(usize, #[source] rustls::Error),
+    #[error("there is no private key in it, as PEM and unencrypted")]
+    NoKey,
+    #[error("it is not the key of the certificate in {0}")]
+    OtherKey(&'static str),
+    #[error(transparent)]
+    Rustls(#[from] rustls::Error),
+    #[error(transparent)]
+    Client(Box<dyn Error + Send + Sync>),
 }
 
 /// The server that is spoken to, in the words of the settings.
@@ -72,21 +101,25 @@ impl Peer {
         &self,
         path: &Path,
     ) -> Result<(Vec<u8>, Vec<CertificateDer<'static>>), TlsError> {
-        let wrong = |reason: String| self.refused(path, &reason);
+        let wrong = |fault| self.wrong(path, fault);
         let pem = read(path).map_err(wrong)?;
         let certificates = certificates(&pem).map_err(wrong)?;
         let mut roots = RootCertStore::empty();
         for (number, certificate) in certificates.iter().enumerate() {
-            roots.add(certificate.clone()).map_err(|e| {
-                wrong(format!("certificate {} in it is no authority's: {e}", number + 1))
-            })?;
+            roots
+                .add(certificate.clone())
+                .map_err(|e| wrong(Fault::NotAnAuthority(number + 1, e)))?;
         }
         Ok((pem, certificates))
     }
 
-    /// The error of a `ca_file` that cannot be used.
-    pub fn refused(&self, ca_file: &Path, reason: &str) -> TlsError {
-        TlsError { setting: self.ca_file, path: ca_file.to_owned(), reason: reason.to_owned() }
+    /// The error of a `ca_file` that a client refuses.
+    pub fn refused(&self, ca_file: &Path, error: Box<dyn Error + Send + Sync>) -> TlsError {
+        self.wrong(ca_file, Fault::Client(error))
+    }
+
+    fn wrong(&self, ca_file: &Path, source: Fault) -> TlsError {
+        TlsError { setting: self.ca_file, path: ca_file.to_owned(), source }
     }
 
     /// How to speak TLS with it. Files are read anew at each call, so that certificates can be
@@ -105,10 +138,10 @@ impl Peer {
             roots.add_parsable_certificates(self.authorities(path)?.1);
         }
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let wrong = |setting, path: &Path, reason| TlsError { setting, path: path.into(), reason };
+        let wrong = |setting, path: &Path, source| TlsError { setting, path: path.into(), source };
         let builder = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
-            .map_err(|e| wrong(self.address, Path::new(""), e.to_string()))?
+            .map_err(|e| wrong(self.address, Path::new(""), e.into()))?
             .with_root_certificates(roots);
         let (Some((cert_file, key_file)), Some((cert_setting, key_setting))) =
             (identity, self.identity)
@@ -117,27 +150,24 @@ impl Peer {
         };
         let chain = read(cert_file)
             .and_then(|pem| certificates(&pem))
-            .map_err(|reason| wrong(cert_setting, cert_file, reason))?;
+            .map_err(|fault| wrong(cert_setting, cert_file, fault))?;
         let key = read(key_file)
             .and_then(|pem| {
                 // The library's own words could quote a line of the key.
-                PrivateKeyDer::from_pem_slice(&pem)
-                    .map_err(|_| "there is no private key in it, as PEM and unencrypted".to_owned())
+                PrivateKeyDer::from_pem_slice(&pem).map_err(|_| Fault::NoKey)
             })
-            .map_err(|reason| wrong(key_setting, key_file, reason))?;
+            .map_err(|fault| wrong(key_setting, key_file, fault))?;
         builder.with_client_auth_cert(chain, key).map_err(|e| {
-            let reason = match e {
-                rustls::Error::InconsistentKeys(_) => {
-                    format!("it is not the key of the certificate in {cert_setting}")
-                }
-                other => other.to_string(),
+            let fault = match e {
+                rustls::Error::InconsistentKeys(_) => Fault::OtherKey(cert_setting),
+                other => other.into(),
             };
-            wrong(key_setting, key_file, reason)
+            wrong(key_setting, key_file, fault)
         })
     }
 
-    /// What was wrong with a connection, if it was about TLS: a sentence for the log.
-    pub fn explain(&self, error: &(dyn Error + 'static)) -> Option<String> {
+    /// What was wrong with a connection, if it was about TLS: a sentence, and the error behind it.
+    pub fn explain(&self, error: &(dyn Error + 'static)) -> Option<HandshakeError> {
         let Self { name, address, ca_file, identity } = self;
         let tls = find(error)?;
         let certificate = format!("{name}'s certificate");
@@ -192,7 +222,7 @@ impl Peer {
             }
             other => format!("TLS with {name} failed: {other}"),
         };
-        Some(sentence)
+        Some(HandshakeError { sentence, source: tls.clone() })
     }
 }
 
@@ -208,21 +238,19 @@ pub fn system_has_authorities() -> bool {
     roots.add_parsable_certificates(system_authorities()).0 > 0
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, String> {
+fn read(path: &Path) -> Result<Vec<u8>, Fault> {
     let mut bytes = Vec::new();
-    let file = std::fs::File::open(path).map_err(|e| e.to_string())?;
-    file.take(FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+    let file = std::fs::File::open(path)?;
+    file.take(FILE_BYTES + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > FILE_BYTES {
-        return Err(format!("it has more than {FILE_BYTES} bytes"));
+        return Err(Fault::TooLarge);
     }
     Ok(bytes)
 }
 
-fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Fault> {
     let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-    all.ok()
-        .filter(|all| !all.is_empty())
-        .ok_or_else(|| "there is no certificate in it, as PEM".to_owned())
+    all.ok().filter(|all| !all.is_empty()).ok_or(Fault::NoCertificate)
 }
 
 /// The TLS error among the causes of this one. An `io::Error` that wraps one says so only by
@@ -259,7 +287,8 @@ mod tests {
     struct Outer(#[source] io::Error);
 
     fn explained(peer: &Peer, error: rustls::Error) -> String {
-        peer.explain(&Outer(io::Error::new(io::ErrorKind::InvalidData, error))).unwrap()
+        let outer = Outer(io::Error::new(io::ErrorKind::InvalidData, error));
+        peer.explain(&outer).unwrap().to_string()
     }
 
     #[test]
@@ -282,7 +311,7 @@ mod tests {
             assert!(sentence.contains(said), "{sentence}");
         }
         let other = Outer(io::ErrorKind::ConnectionRefused.into());
-        assert_eq!(BROKER.explain(&other), None);
+        assert!(BROKER.explain(&other).is_none());
     }
 
     #[test]

@@ -2,7 +2,21 @@
 
 use serde::{Deserialize, Serialize};
 
-use angler_wire::job::check_name;
+use angler_wire::job::{NameError, check_name};
+
+/// Why an `active.json` cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ActiveError {
+    /// Not its JSON.
+    #[error("not readable")]
+    Json(#[from] serde_json::Error),
+    /// The active version is not a name.
+    #[error("`version`")]
+    Version(#[source] NameError),
+    /// The version before it is not a name.
+    #[error("`previous`")]
+    Previous(#[source] NameError),
+}
 
 /// What the file says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,13 +41,12 @@ impl Active {
     /// Reads the file.
     ///
     /// # Errors
-    /// What is wrong with it.
-    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
-        let active: Self =
-            serde_json::from_slice(bytes).map_err(|e| format!("not readable: {e}"))?;
-        check_name(&active.version).map_err(|e| format!("`version`: {e}"))?;
+    /// [`ActiveError`].
+    pub fn parse(bytes: &[u8]) -> Result<Self, ActiveError> {
+        let active: Self = serde_json::from_slice(bytes)?;
+        check_name(&active.version).map_err(ActiveError::Version)?;
         if let Some(previous) = &active.previous {
-            check_name(previous).map_err(|e| format!("`previous`: {e}"))?;
+            check_name(previous).map_err(ActiveError::Previous)?;
         }
         Ok(active)
     }

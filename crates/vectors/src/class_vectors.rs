@@ -6,14 +6,15 @@ use std::collections::{BTreeMap, HashMap};
 
 use ndarray::ArrayView2;
 
-use angler_wire::error::{Failure, FailureCode, JobError};
+use angler_wire::error::{Failure, FailureCode, JobError, Reason};
 use angler_wire::job::{Classified, LabelScore, check_name};
+use angler_wire::text::chain;
 
 use crate::rows::{Norms, Precision, Vectors};
 use crate::score::{ClassRows, ClassScore, Scorer};
 
 /// Why a version of class vectors cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum ClassesError {
     /// No such set, or none of its versions is active.
     #[error("class set {set:?} is unknown: {reason}")]
@@ -51,18 +52,19 @@ pub enum ClassesError {
         /// The file.
         place: String,
         /// What is wrong in it, and where.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
     /// The store did not answer: a later attempt may succeed.
     #[error("class vectors cannot be read now: {0}")]
-    Unavailable(String),
+    Unavailable(#[source] Reason),
 }
 
 /// What it means for a job that names the version.
 impl From<ClassesError> for JobError {
     fn from(error: ClassesError) -> Self {
         let code = match &error {
-            ClassesError::Unavailable(_) => return Self::transient(error.to_string()),
+            ClassesError::Unavailable(_) => return Self::transient(chain(&error)),
             ClassesError::UnknownSet { .. } => FailureCode::UnknownClassSet,
             // A version that cannot be read is as good as none.
             ClassesError::UnknownVersion { .. } | ClassesError::Invalid { .. } => {
@@ -70,7 +72,7 @@ impl From<ClassesError> for JobError {
             }
             ClassesError::ModelMismatch { .. } => FailureCode::ModelMismatch,
         };
-        Self::Failed(Failure::new(code, error.to_string()))
+        Self::Failed(Failure::new(code, chain(&error)))
     }
 }
 
@@ -108,21 +110,21 @@ impl Contents {
     }
 
     /// Checks all but the values of the vectors.
-    pub(crate) fn check(&self, (set, version): (&str, &str)) -> Result<(), String> {
-        check_name(set).and_then(|()| check_name(version))?;
+    pub(crate) fn check(&self, (set, version): (&str, &str)) -> Result<(), Reason> {
+        check_name(set).and_then(|()| check_name(version)).map_err(Reason::of)?;
         let (rows, dim) = (self.vectors.rows(), self.vectors.dim());
         if rows == 0 {
-            return Err(format!("no vectors: shape [{rows}, {dim}]"));
+            return Err(format!("no vectors: shape [{rows}, {dim}]").into());
         }
         if self.labels.len() != rows {
-            return Err(label_count(self.labels.len(), rows));
+            return Err(label_count(self.labels.len(), rows).into());
         }
         let score = |s: f32| (-1.0..=1.0).contains(&s);
         if self.min_score.is_some_and(|s| !score(s)) {
-            return Err("min_score must lie in [-1, 1]".to_owned());
+            return Err("min_score must lie in [-1, 1]".into());
         }
         if let Some((label, _)) = self.min_scores.iter().find(|(_, s)| !score(**s)) {
-            return Err(format!("min_scores: that of {label:?} must lie in [-1, 1]"));
+            return Err(format!("min_scores: that of {label:?} must lie in [-1, 1]").into());
         }
         Ok(())
     }
@@ -156,15 +158,16 @@ impl ClassVectors {
     /// [`ClassesError::Invalid`] with the first row that is wrong.
     pub fn new(name: (&str, &str), contents: Contents) -> Result<Self, ClassesError> {
         let (set, version) = name;
-        let invalid = |reason: String| ClassesError::Invalid {
+        let invalid = |reason: Reason| ClassesError::Invalid {
             place: format!("class vectors {set}@{version}"),
             reason,
         };
-        contents.check(name).map_err(&invalid)?;
+        contents.check(name).map_err(invalid)?;
         let Contents { labels, mut vectors, model, min_score, min_scores, created_at, source } =
             contents;
         let (scales, norms) = vectors.make_unit().map_err(|(row, what)| {
-            invalid(format!("row {row} ({:?}) {what}", labels.get(row).unwrap_or(&String::new())))
+            let label = labels.get(row).map_or("", String::as_str);
+            invalid(format!("row {row} ({label:?}) {what}").into())
         })?;
         let (labels, row_class) = number(labels);
         let min_scores = labels

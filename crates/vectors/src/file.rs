@@ -9,9 +9,12 @@
 //! classes is never in memory twice. What its header says is checked before its data is waited for.
 
 use std::collections::{BTreeMap, HashMap};
+use std::num::ParseFloatError;
 
 use safetensors::tensor::{Dtype, Metadata, TensorView};
 use serde::de::DeserializeOwned;
+
+use angler_wire::error::Reason;
 
 use super::{ClassVectors, ClassesError, Contents};
 use crate::class_vectors::label_count;
@@ -49,7 +52,7 @@ impl Expected {
         if dim != self.dim {
             return Err(ClassesError::Invalid {
                 place: place.to_owned(),
-                reason: format!("its vectors have {dim} values, the model's {}", self.dim),
+                reason: format!("its vectors have {dim} values, the model's {}", self.dim).into(),
             });
         }
         Ok(())
@@ -129,11 +132,11 @@ impl Reader {
     pub fn finish(self) -> Result<Contents, ClassesError> {
         if self.seen < self.size || self.contents.is_none() {
             let reason = format!("not a whole safetensors file: it ends after {} bytes", self.seen);
-            return Err(ClassesError::Invalid { place: self.place, reason });
+            return Err(ClassesError::Invalid { place: self.place, reason: reason.into() });
         }
         self.contents.ok_or_else(|| ClassesError::Invalid {
             place: self.place,
-            reason: "not a whole safetensors file: it has no header".to_owned(),
+            reason: "not a whole safetensors file: it has no header".into(),
         })
     }
 
@@ -153,7 +156,7 @@ impl Reader {
     fn read_header(&mut self, header: &[u8]) -> Result<(), ClassesError> {
         let invalid = |reason: String| self.invalid(reason);
         let header: Metadata = serde_json::from_slice(header)
-            .map_err(|e| invalid(format!("not a whole safetensors file: {e}")))?;
+            .map_err(|e| self.because("not a whole safetensors file", e))?;
         let data_start = self.seen;
         let whole = data_start.saturating_add(header.data_len() as u64);
         if whole != self.size {
@@ -187,21 +190,22 @@ impl Reader {
             expected.check(&self.place, model, dim)?;
         }
         let labels: Vec<String> = json(text("labels")?)
-            .map_err(|e| invalid(format!("`labels` is not a JSON array of strings: {e}")))?;
+            .map_err(|e| self.because("`labels` is not a JSON array of strings", e))?;
         if labels.len() != rows {
             return Err(invalid(label_count(labels.len(), rows)));
         }
         let min_score = metadata
             .get("min_score")
-            .map(|s| s.parse::<f32>().map_err(|e| invalid(format!("`min_score` = {s:?}: {e}"))))
+            .map(|s| {
+                s.parse()
+                    .map_err(|e: ParseFloatError| self.because(format!("`min_score` = {s:?}"), e))
+            })
             .transpose()?;
         let min_scores: BTreeMap<String, f32> = metadata
             .get("min_scores")
             .map(|text| json(text))
             .transpose()
-            .map_err(|e| {
-                invalid(format!("`min_scores` is not a JSON object of label and number: {e}"))
-            })?
+            .map_err(|e| self.because("`min_scores` is not a JSON object of label and number", e))?
             .unwrap_or_default();
         let (start, end) = info.data_offsets;
         self.data = data_start + start as u64..data_start + end as u64;
@@ -215,7 +219,15 @@ impl Reader {
     }
 
     fn invalid(&self, reason: String) -> ClassesError {
-        ClassesError::Invalid { place: self.place.clone(), reason }
+        ClassesError::Invalid { place: self.place.clone(), reason: reason.into() }
+    }
+
+    fn because(
+        &self,
+        reason: impl Into<String>,
+        cause: impl std::error::Error + Send + Sync + 'static,
+    ) -> ClassesError {
+        ClassesError::Invalid { place: self.place.clone(), reason: Reason::new(reason, cause) }
     }
 }
 
@@ -255,17 +267,18 @@ pub fn check(
 /// # Errors
 /// [`ClassesError::Invalid`] if the contents would not be readable again.
 pub fn write(contents: &Contents, name: (&str, &str)) -> Result<Vec<u8>, ClassesError> {
-    let invalid = |reason: String| ClassesError::Invalid {
+    let invalid = |reason: Reason| ClassesError::Invalid {
         place: format!("class vectors {}@{}", name.0, name.1),
         reason,
     };
     // What cannot be read is not written.
-    contents.check(name).map_err(&invalid)?;
+    contents.check(name).map_err(invalid)?;
     contents
         .vectors
         .check()
-        .map_err(|(row, what)| invalid(format!("row {row} ({:?}) {what}", contents.labels[row])))?;
-    let text = |value: Result<String, serde_json::Error>| value.map_err(|e| invalid(e.to_string()));
+        .map_err(|(row, what)| format!("row {row} ({:?}) {what}", contents.labels[row]))
+        .map_err(|reason| invalid(reason.into()))?;
+    let text = |json: Result<String, serde_json::Error>| json.map_err(|e| invalid(Reason::of(e)));
     let now = || humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string();
     let mut metadata: HashMap<String, String> = [
         ("format", FORMAT.to_owned()),
@@ -291,9 +304,9 @@ pub fn write(contents: &Contents, name: (&str, &str)) -> Result<Vec<u8>, Classes
     };
     let shape = vec![contents.vectors.rows(), contents.vectors.dim()];
     let tensor = TensorView::new(dtype, shape, contents.vectors.as_bytes())
-        .map_err(|e| invalid(e.to_string()))?;
+        .map_err(|e| invalid(Reason::of(e)))?;
     safetensors::serialize([("vectors", tensor)], Some(metadata))
-        .map_err(|e| invalid(e.to_string()))
+        .map_err(|e| invalid(Reason::of(e)))
 }
 
 #[cfg(test)]

@@ -33,11 +33,16 @@ pub enum PerClass {
     Medoids(usize),
 }
 
-impl FromStr for PerClass {
-    type Err = String;
+/// A text that names no [`PerClass`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} must be mean, all, or medoids:N with N at least 1")]
+pub struct PerClassError(String);
 
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} must be mean, all, or medoids:N with N at least 1");
+impl FromStr for PerClass {
+    type Err = PerClassError;
+
+    fn from_str(text: &str) -> Result<Self, PerClassError> {
+        let wrong = || PerClassError(text.to_owned());
         match text.split_once(':') {
             None if text == "mean" => Ok(Self::Mean),
             None if text == "all" => Ok(Self::All),
@@ -259,7 +264,10 @@ pub(super) mod tests {
         assert_eq!("all".parse(), Ok(PerClass::All));
         assert_eq!("medoids:5".parse(), Ok(PerClass::Medoids(5)));
         for wrong in ["", "medoids", "medoids:", "medoids:0", "medoids:-1", "mean:2", "All"] {
-            assert!(wrong.parse::<PerClass>().unwrap_err().contains("medoids:N"), "{wrong}");
+            assert!(
+                wrong.parse::<PerClass>().unwrap_err().to_string().contains("medoids:N"),
+                "{wrong}"
+            );
         }
     }
 }

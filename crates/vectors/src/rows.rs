@@ -200,7 +200,7 @@ impl Vectors {
     ///
     /// # Errors
     /// The first row that is not finite or zero, and what is wrong with it.
-    pub fn make_unit(&mut self) -> Result<(Vec<f32>, Norms), (usize, String)> {
+    pub fn make_unit(&mut self) -> Result<(Vec<f32>, Norms), (usize, RowFault)> {
         let (rows, dim) = (self.rows(), self.dim);
         let mut norms = Norms::default();
         let mut scales = Vec::new();
@@ -226,7 +226,7 @@ impl Vectors {
     ///
     /// # Errors
     /// The first row that is not finite or zero, and what is wrong with it.
-    pub fn check(&self) -> Result<(), (usize, String)> {
+    pub fn check(&self) -> Result<(), (usize, RowFault)> {
         let mut buffer = vec![0.0; self.dim];
         for row in 0..self.rows() {
             self.copy_rows(row, &mut buffer);
@@ -236,15 +236,31 @@ impl Vectors {
     }
 }
 
+/// Why a row has no direction.
+#[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
+pub enum RowFault {
+    /// All its values are zero.
+    #[error("is zero")]
+    Zero,
+    /// One of them is not a number.
+    #[error("holds {value} in column {column}")]
+    NotFinite {
+        /// NaN or an infinity.
+        value: f32,
+        /// Where it is.
+        column: usize,
+    },
+}
+
 /// The length of a row that has a direction.
-fn length(row: ArrayView1<'_, f32>) -> Result<f64, String> {
+fn length(row: ArrayView1<'_, f32>) -> Result<f64, RowFault> {
     let length = norm(row);
     if length.is_finite() && length > 0.0 {
         return Ok(length);
     }
     Err(match row.iter().position(|x| !x.is_finite()) {
-        Some(column) => format!("holds {} in column {column}", row[column]),
-        None => "is zero".to_owned(),
+        Some(column) => RowFault::NotFinite { value: row[column], column },
+        None => RowFault::Zero,
     })
 }
 
@@ -333,8 +349,9 @@ mod tests {
         ] {
             let (at, what) = vectors.check().unwrap_err();
             assert_eq!(at, row);
-            assert!(what.contains(words), "{what}");
-            assert_eq!(vectors.clone().make_unit().unwrap_err(), (at, what));
+            assert!(what.to_string().contains(words), "{what}");
+            let (again, same) = vectors.clone().make_unit().unwrap_err();
+            assert_eq!((again, same.to_string()), (at, what.to_string()));
         }
     }
 

@@ -6,10 +6,59 @@
 //!
 //! The codes are part of the wire contract: producers branch on them, so none is ever renamed.
 
+use std::error::Error;
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use strum::{EnumCount, IntoStaticStr, VariantNames};
 
 use crate::text::cut;
+
+/// Why something failed or was refused: a sentence for a person, and the error behind it, if there is
+/// one. It is for reasons that no caller tells apart.
+#[derive(Debug, Clone)]
+pub struct Reason {
+    text: String,
+    cause: Option<Arc<dyn Error + Send + Sync>>,
+}
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// By hand, so that the cause and not the `Arc` around it is the source: it can be told by its type.
+impl Error for Reason {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.cause.as_deref().map(|cause| cause as _)
+    }
+}
+
+impl Reason {
+    /// A sentence, without the text of its cause, which [`chain`](crate::text::chain) appends.
+    pub fn new(text: impl Into<String>, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { text: text.into(), cause: Some(cause.into().into()) }
+    }
+
+    /// An error that needs no other words than its own.
+    pub fn of(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        let error = error.into();
+        Self::new(error.to_string(), error)
+    }
+}
+
+impl From<String> for Reason {
+    fn from(text: String) -> Self {
+        Self { text, cause: None }
+    }
+}
+
+impl From<&str> for Reason {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
+    }
+}
 
 /// Why one image has no label. Written in snake case into the result's `error.code`.
 #[derive(
@@ -208,13 +257,10 @@ impl JobError {
 pub enum FatalError {
     /// The back end is broken for good, or its thread is gone.
     #[error("the embedding back end stopped working: {0}")]
-    Engine(String),
-    /// The source of jobs is gone and does not come back.
-    #[error("no more jobs can be received: {0}")]
-    Source(String),
+    Engine(#[source] Reason),
     /// Results can no longer be written.
     #[error("results cannot be written: {0}")]
-    Sink(String),
+    Sink(#[source] Reason),
     /// What was admitted was not finished in time; it stays unacked.
     #[error(
         "{jobs} admitted jobs were not finished within the {seconds} s of shutdown.grace_seconds; they are delivered again to another worker"

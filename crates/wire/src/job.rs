@@ -218,8 +218,8 @@ impl ClassSelector {
     /// Reads `set` or `set@version`.
     ///
     /// # Errors
-    /// A sentence that says what a name may consist of.
-    pub fn parse(text: &str) -> Result<Self, String> {
+    /// [`NameError`] if one of them is not a name.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
         let (set, version) = match text.split_once('@') {
             Some((set, version)) => (set, Some(version)),
             None => (text, None),
@@ -232,20 +232,22 @@ impl ClassSelector {
     }
 }
 
+/// A name of a class set, or of a version, that cannot be one. Its text says what a name consists of.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a name: 1 to 64 of letters, digits, '.', '_' and '-' (set or set@version)")]
+pub struct NameError(String);
+
 /// Checks a class set's name or a version's: `[A-Za-z0-9._-]{1,64}`, and not `.` or `..`, which
 /// would be folders.
 ///
 /// # Errors
-/// A sentence that says what a name may consist of.
-pub fn check_name(name: &str) -> Result<(), String> {
+/// [`NameError`] if it is not a name.
+pub fn check_name(name: &str) -> Result<(), NameError> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if (1..=64).contains(&name.len()) && name.chars().all(allowed) && name != "." && name != ".." {
         return Ok(());
     }
-    let shown: String = name.chars().take(80).collect();
-    Err(format!(
-        "{shown:?} is not a name: 1 to 64 of letters, digits, '.', '_' and '-' (set or set@version)"
-    ))
+    Err(NameError(name.chars().take(80).collect()))
 }
 
 impl fmt::Display for ClassSelector {

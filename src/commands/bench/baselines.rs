@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use ndarray::{Array4, ArrayView4, Axis, s};
 
 use angler_inference::embed;
@@ -68,7 +68,7 @@ pub(super) async fn measure(stage: &Stage, samples: &mut Samples<Key>) -> Result
         let (height, width) = (model.pixels.height as usize, model.pixels.width as usize);
         let black = Array4::zeros((1, height, width, 3));
         if let Some(scored) = fused(fusing.as_mut(), black.view(), &classes) {
-            scored.map_err(|e| anyhow!("the back end fails to score in its graph: {e}"))?;
+            scored.context("the back end fails to score in its graph")?;
             ways.push(Way::Fused);
         }
         let spec = model.pixels.clone();
@@ -159,7 +159,7 @@ impl Walk {
     }
 
     fn run(&mut self, way: Way, pixels: ArrayView4<'_, u8>) -> Result<()> {
-        let failed = |e: EmbedError| anyhow!("the back end failed: {e}");
+        let failed = |e: EmbedError| anyhow::Error::new(e).context("the back end failed");
         if way == Way::Fused {
             let fused = fused(self.fusing.as_mut(), pixels, &self.classes);
             return fused.ok_or_else(|| anyhow!("the back end scores no more"))?.map_err(failed);

@@ -68,8 +68,8 @@ fn ended_early(
 ) -> anyhow::Error {
     match ended {
         Ok(Ok(())) => anyhow!("the worker ended by itself"),
-        Ok(Err(error)) => anyhow!("the worker ended: {error}"),
-        Err(error) => anyhow!("the worker panicked: {error}"),
+        Ok(Err(error)) => anyhow::Error::new(error).context("the worker ended"),
+        Err(error) => anyhow::Error::new(error).context("the worker panicked"),
     }
 }
 

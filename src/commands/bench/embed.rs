@@ -9,6 +9,7 @@ use ndarray::{Array4, s};
 
 use angler_inference::embed;
 use angler_inference::embed::{Backend, BackendChoice, Embedder, Opened};
+use angler_wire::text::chain;
 
 use super::figures::{Sample, Samples};
 use super::meter::Meter;
@@ -73,7 +74,7 @@ fn choices(asked: BackendChoice) -> &'static [BackendChoice] {
 /// The reason alone; the advice around it is for who named the back end.
 fn why(error: &embed::OpenError) -> String {
     match error {
-        embed::OpenError::Named { reason, .. } => reason.trim_end_matches('.').to_owned(),
+        embed::OpenError::Named { reason, .. } => chain(reason).trim_end_matches('.').to_owned(),
         other => other.to_string(),
     }
 }
@@ -138,5 +139,5 @@ fn panicked() -> anyhow::Error {
 }
 
 fn failed(error: embed::EmbedError) -> anyhow::Error {
-    anyhow::anyhow!("the back end failed: {error}")
+    anyhow::Error::new(error).context("the back end failed")
 }

@@ -107,12 +107,10 @@ struct Missing {
 
 impl ActivateCommand {
     pub(super) async fn run(self, app: &App) -> Result<()> {
-        let usage = |e: String| UsageError(e);
-        let selector = ClassSelector::parse(&self.version).map_err(usage)?;
+        let selector = ClassSelector::parse(&self.version).map_err(UsageError::of)?;
         let Some(version) = &selector.version else {
-            return Err(
-                usage(format!("{0} names no version; write {0}@VERSION", self.version)).into()
-            );
+            let message = format!("{0} names no version; write {0}@VERSION", self.version);
+            return Err(UsageError(message).into());
         };
         self.announcing.run(app, &selector.set, Target::Version(version)).await
     }
@@ -120,7 +118,7 @@ impl ActivateCommand {
 
 impl RollbackCommand {
     pub(super) async fn run(self, app: &App) -> Result<()> {
-        check_name(&self.set).map_err(UsageError)?;
+        check_name(&self.set).map_err(UsageError::of)?;
         self.announcing.run(app, &self.set, Target::Previous).await
     }
 }

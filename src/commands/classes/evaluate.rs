@@ -165,7 +165,7 @@ impl EvaluateCommand {
                 let message = "--save-as needs a set under classes.root, not a file";
                 return Err(UsageError(message.to_owned()));
             }
-            ClassSelector::parse(&self.classes).map_err(UsageError)?;
+            ClassSelector::parse(&self.classes).map_err(UsageError::of)?;
         }
         html::check(self.html.as_deref())
     }
@@ -174,7 +174,7 @@ impl EvaluateCommand {
     /// is found when this one is.
     async fn is_new(&self, app: &App) -> Result<()> {
         let Some(version) = &self.save_as else { return Ok(()) };
-        let set = ClassSelector::parse(&self.classes).map_err(UsageError)?.set;
+        let set = ClassSelector::parse(&self.classes).map_err(UsageError::of)?.set;
         let root = app.class_root().await?;
         let key = version_key(&set, version);
         match root.open(&key).await.context("--save-as")? {

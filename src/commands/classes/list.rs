@@ -50,7 +50,7 @@ impl ListCommand {
         let root = app.class_root().await?;
         let names = match &self.set {
             Some(set) => {
-                check_name(set).map_err(UsageError)?;
+                check_name(set).map_err(UsageError::of)?;
                 vec![set.clone()]
             }
             None => {

@@ -39,7 +39,7 @@ impl Files<'_> {
     /// What is wrong with which flag.
     pub(in crate::commands) fn check(&self) -> Result<(), UsageError> {
         output::check("--out", Some(self.out))?;
-        Format::of(self.out).map_err(UsageError)?;
+        Format::of(self.out).map_err(UsageError::of)?;
         let Some(embeddings) = self.embeddings else { return Ok(()) };
         output::check("--embeddings-out", Some(embeddings))?;
         match embeddings.extension().is_some_and(|ending| ending == "npy") {
@@ -53,7 +53,7 @@ impl Files<'_> {
 
     /// The journal's results as the files that were asked for.
     pub(super) fn write(&self, journal: &mut Journal, summary: &Summary) -> Result<Written> {
-        let format = Format::of(self.out).map_err(UsageError)?;
+        let format = Format::of(self.out).map_err(UsageError::of)?;
         let mut rows =
             Rows::new(format, &summary.embeddings, begin("--out", self.out)?).context("--out")?;
         let mut vectors = self.embeddings.map(|path| begin_vectors(path, summary)).transpose()?;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::{Context, Error, Result, bail};
 use futures_util::future::join_all;
 use ndarray::{Array4, ArrayView1};
 
@@ -11,6 +12,7 @@ use angler_inference::embed;
 use angler_inference::embed::{Backend, BackendChoice, OpenError, onnxruntime};
 use angler_inference::model::Model;
 use angler_vectors::unit::norm;
+use angler_wire::text::chain;
 
 use super::report::Check;
 use super::{devices, within_time};
@@ -37,7 +39,7 @@ struct Works {
     embedding: Vec<f32>,
 }
 
-type Tried = (BackendChoice, Result<Works, String>);
+type Tried = (BackendChoice, Result<Works>);
 
 /// How much a back end is wanted here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,11 +78,7 @@ pub(super) async fn check(app: &App, model: Option<&Arc<Model>>) -> Vec<Check> {
     checks
 }
 
-async fn attempt(
-    settings: &Settings,
-    model: &Arc<Model>,
-    choice: BackendChoice,
-) -> Result<Works, String> {
+async fn attempt(settings: &Settings, model: &Arc<Model>, choice: BackendChoice) -> Result<Works> {
     let mut options = settings.embed_options();
     options.choice = choice;
     options.allow_fallback = false;
@@ -92,37 +90,36 @@ async fn attempt(
     let limit = if choice == Tensorrt { BUILDING } else { LOADING };
     match within_time(limit, working).await {
         Ok(Ok(tried)) => tried,
-        Ok(Err(panic)) => Err(format!("it panicked: {panic}")),
-        Err(silent) => Err(silent),
+        Ok(Err(panic)) => Err(panic).context("it panicked"),
+        Err(silent) => Err(silent.into()),
     }
 }
 
-fn works(model: &Model, options: &embed::Options) -> Result<Works, String> {
+fn works(model: &Model, options: &embed::Options) -> Result<Works> {
     let opened = embed::open(model, options).map_err(|error| match error {
-        OpenError::Named { reason, .. } => reason,
-        other => other.to_string(),
+        OpenError::Named { reason, .. } => Error::new(reason),
+        other => Error::new(other),
     })?;
     let pixels = golden(model.pixels.width as usize, model.pixels.height as usize);
     let mut first: Option<Vec<f32>> = None;
     for (lane, mut embedder) in opened.embedders.into_iter().enumerate() {
-        let embedded =
-            embedder.embed(pixels.view()).map_err(|e| format!("the model fails: {e}"))?;
+        let embedded = embedder.embed(pixels.view()).context("the model fails")?;
         let embedding = embedded.row(0);
         let length = norm(embedding);
         if !(length.is_finite() && length > 0.0) {
-            return Err(format!("the embedding of an image has length {length}"));
+            bail!("the embedding of an image has length {length}");
         }
         match &first {
             None => first = Some(embedding.to_vec()),
             Some(other) => {
                 let cosine = cosine(embedding, other.as_slice().into());
                 if cosine < COSINE {
-                    return Err(format!("device {lane} sees something else: cosine {cosine:.6}"));
+                    bail!("device {lane} sees something else: cosine {cosine:.6}");
                 }
             }
         }
     }
-    let embedding = first.ok_or_else(|| "embedder.devices is empty".to_owned())?;
+    let embedding = first.context("embedder.devices is empty")?;
     let library = match options.choice {
         Tract | Auto => None,
         _ => onnxruntime::Runtime::find(options.onnxruntime_library.as_deref())
@@ -163,20 +160,16 @@ fn need(settings: &Settings, choice: BackendChoice, gpus: usize) -> Need {
     }
 }
 
-fn told(
-    settings: &Settings,
-    choice: BackendChoice,
-    tried: &Result<Works, String>,
-    gpus: usize,
-) -> Check {
+fn told(settings: &Settings, choice: BackendChoice, tried: &Result<Works>, gpus: usize) -> Check {
     let name = choice.as_str();
     let reason = match tried {
         Ok(Works { backend, library, .. }) => {
             let from = library.as_ref().map(|path| format!(", {}", path.display()));
             return Check::ok(name, format!("{backend} works{}", from.unwrap_or_default()));
         }
-        Err(reason) => reason.trim_end_matches('.'),
+        Err(error) => chain(error.as_ref()),
     };
+    let reason = reason.trim_end_matches('.');
     let remedy = || remedy(settings, choice, gpus);
     match need(settings, choice, gpus) {
         Need::Must => Check::problem(name, format!("does not work: {reason}"), remedy()),

@@ -12,9 +12,10 @@ use angler_amqp::connect::connect_to;
 use angler_amqp::inspect::{Counts, Difference, Found, Server, greeting};
 use angler_amqp::topology::Topology;
 use angler_amqp::{AmqpError, AmqpOptions, close};
+use angler_wire::text::chain;
 
 use super::report::{Check, State};
-use super::within;
+use super::{Silent, within};
 use crate::config::Settings;
 
 /// The oldest RabbitMQ that everything works on.
@@ -117,18 +118,18 @@ fn unreachable(address: &str, error: &AmqpError) -> Check {
     match error {
         AmqpError::Foreign => Check::problem(
             name,
-            format!("{address}: {error}"),
+            format!("{address}: {}", chain(error)),
             "Correct host and port in amqp.url; for a TLS listener it begins with amqps://.",
         ),
         AmqpError::File(_) => {
-            Check::problem(name, error.to_string(), "Correct the file, or the path in the setting.")
+            Check::problem(name, chain(error), "Correct the file, or the path in the setting.")
         }
         AmqpError::Tls(_) => Check::problem(
             name,
-            format!("{address}: {error}"),
+            format!("{address}: {}", chain(error)),
             "See TLS in the README: amqp.ca_file, amqp.client_cert_file, amqp.client_key_file.",
         ),
-        other => Check::problem(name, format!("{address}: {other}"), UNREACHABLE),
+        other => Check::problem(name, format!("{address}: {}", chain(other)), UNREACHABLE),
     }
 }
 
@@ -191,7 +192,7 @@ fn refused(address: &Address, error: &AmqpError) -> Check {
             _ => {}
         }
     }
-    let message = format!("{place}: {error}");
+    let message = format!("{place}: {}", chain(error));
     Check::problem("login", message, "Look at the broker's log for what it was.")
 }
 
@@ -243,7 +244,7 @@ async fn topology(
     checks
 }
 
-type Looked = Result<Result<Found, lapin::Error>, String>;
+type Looked = Result<Result<Found, lapin::Error>, Silent>;
 
 fn found_queue(
     topology: &Topology,
@@ -281,7 +282,7 @@ fn found_queue(
         }
         Err(silent) => Check::problem(
             name,
-            silent,
+            silent.to_string(),
             "Look at the broker: a quorum queue answers only with a majority of its nodes.",
         ),
     }

@@ -10,9 +10,10 @@ use angler_inference::model::Model;
 use angler_vectors::ClassesError;
 use angler_vectors::file::Expected;
 use angler_wire::job::{ClassSelector, check_name};
+use angler_wire::text::chain;
 
 use super::report::Check;
-use super::{within, within_time};
+use super::{Silent, within, within_time};
 use crate::app::App;
 
 /// What reading one version may take.
@@ -37,11 +38,11 @@ pub(super) async fn check(app: &App, model: Option<&Model>) -> Vec<Check> {
     };
     let root = match app.class_root().await {
         Ok(root) => root,
-        Err(error) => return wrong(format!("{error:#}")),
+        Err(error) => return wrong(chain(error.as_ref())),
     };
     let sets = match within(root.list("")).await {
         Ok(Ok(listed)) => sets(listed),
-        Ok(Err(error)) => return wrong(error.to_string()),
+        Ok(Err(error)) => return wrong(chain(&error)),
         Err(silent) => return wrong(format!("{}: {silent}", root.place(""))),
     };
     let expected = model.map(|m| Expected { model: m.fingerprint.clone(), dim: m.dim });
@@ -87,12 +88,12 @@ impl Looker<'_> {
         let active = match within(read_active(self.root, set)).await {
             Ok(Ok(active)) => active,
             Ok(Err(error)) => return broken(problem(set, set, &error)),
-            Err(silent) => return broken(Check::problem(set, silent, STORE)),
+            Err(silent) => return broken(Check::problem(set, silent.to_string(), STORE)),
         };
         let active = match active {
             Some((Ok(active), _)) => active,
-            Some((Err(reason), _)) => {
-                let message = format!("active.json is {reason}");
+            Some((Err(error), _)) => {
+                let message = format!("active.json is {}", chain(&error));
                 let remedy =
                     format!("Activate a version anew:\n  angler classes activate {set}@VERSION");
                 return broken(Check::problem(set, message, remedy));
@@ -177,7 +178,7 @@ const STORE: &str = "Look at what the store's section says.";
 
 /// Why a version is no good.
 enum Failed {
-    Silent(String),
+    Silent(Silent),
     Classes(ClassesError),
     Missing(String),
     /// The set has a line of its own.
@@ -226,5 +227,5 @@ fn problem(name: &str, version: &str, error: &ClassesError) -> Check {
         ),
         ClassesError::Unavailable(_) => STORE.to_owned(),
     };
-    Check::problem(name, error.to_string(), remedy)
+    Check::problem(name, chain(error), remedy)
 }

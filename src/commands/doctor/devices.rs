@@ -14,7 +14,7 @@ pub(super) async fn check(asked: bool, devices: &[i32]) -> (Check, usize) {
         Ok(Err(_)) => Vec::new(),
         Err(silent) => {
             let remedy = "Look at the driver: nvidia-smi should answer at once.";
-            return (Check::problem(NAME, silent, remedy), 0);
+            return (Check::problem(NAME, silent.to_string(), remedy), 0);
         }
     };
     let count = found.len();

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use angler_inference::model::{Model, ModelError};
+use angler_wire::text::chain;
 
 use super::report::Check;
 use super::within;
@@ -39,7 +40,7 @@ pub(super) async fn check(settings: &Settings) -> (Check, Option<Arc<Model>>) {
             "Correct model.toml to what the graph has; models/README.md describes it."
         }
     };
-    (Check::problem("model.path", error.to_string(), remedy), None)
+    (Check::problem("model.path", chain(&error), remedy), None)
 }
 
 const DAMAGED: &str = "Copy or export model.onnx anew: as one file, without external data.";

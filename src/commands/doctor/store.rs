@@ -8,9 +8,10 @@ use futures_util::future::join_all;
 use angler_storage::s3::S3Uri;
 use angler_storage::s3::probe;
 use angler_storage::s3::probe::{ConditionalWrite, Probe, Refusal};
+use angler_wire::text::chain;
 
 use super::report::{Check, State};
-use super::within;
+use super::{Silent, within};
 use crate::app::App;
 use crate::config::Settings;
 
@@ -21,7 +22,7 @@ pub(super) async fn check(app: &App) -> Vec<Check> {
         Ok(client) => client,
         Err(error) => {
             let remedy = "Correct the file, or the path in s3.ca_file.";
-            checks.push(Check::problem("s3.ca_file", format!("{error:#}"), remedy));
+            checks.push(Check::problem("s3.ca_file", chain(error.as_ref()), remedy));
             return checks;
         }
     };
@@ -80,7 +81,7 @@ fn place(settings: &Settings) -> String {
 }
 
 /// Without a bucket only the store itself can be asked, and many credentials may not ask that.
-fn no_bucket(settings: &Settings, answer: Result<Result<usize, Refusal>, String>) -> Check {
+fn no_bucket(settings: &Settings, answer: Result<Result<usize, Refusal>, Silent>) -> Check {
     let (name, place) = ("store", place(settings));
     let known = "s3.allowed_buckets names none to look at, so images may come from any";
     match answer {

@@ -11,6 +11,7 @@ use angler_runs::manifest;
 use angler_runs::manifest::Format;
 use angler_runs::spool::{Images, Spool};
 use angler_storage::s3::S3Uri;
+use angler_wire::error::Reason;
 
 use super::Enqueue;
 use crate::app::{App, is_s3};
@@ -25,7 +26,7 @@ impl Enqueue {
         if !is_s3(&self.source) {
             return self.local(spool).await;
         }
-        let uri = S3Uri::parse(&self.source).map_err(UsageError)?;
+        let uri = S3Uri::parse(&self.source).map_err(UsageError::of)?;
         match self.format.map(Format::from).or_else(|| Format::of(&uri.key)) {
             Some(format) => self.list_in_s3(app, &uri, format, spool).await,
             None => self.prefix(app, &uri, spool).await,
@@ -122,12 +123,8 @@ impl Enqueue {
 }
 
 /// What a worker can fetch.
-fn fetchable(uri: &str) -> Result<(), String> {
-    let parsed = S3Uri::parse(uri)?;
-    match parsed.key.is_empty() {
-        true => Err(format!("{uri:?} names a bucket but no key")),
-        false => Ok(()),
-    }
+fn fetchable(uri: &str) -> Result<(), Reason> {
+    S3Uri::object(uri).map(drop).map_err(Reason::of)
 }
 
 fn globs(flag: &str, patterns: &[String]) -> Result<GlobSet, UsageError> {

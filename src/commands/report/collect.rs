@@ -5,6 +5,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use angler_vectors::statistics::{Examples, Histogram, Worst};
+use angler_wire::text::chain;
 
 use super::read::{Classified, Content, Error, Image, Line, Verdict};
 use super::sample::{Sample, plan};
@@ -101,14 +102,15 @@ impl Collector {
     }
 
     /// Counts a line, or that it cannot be read.
-    pub(super) fn add(&mut self, number: u64, line: Result<Line, String>) {
+    pub(super) fn add(&mut self, number: u64, line: anyhow::Result<Line>) {
         self.lines += 1;
         match line {
-            Err(why) => {
+            Err(error) => {
                 self.unreadable.lines += 1;
-                self.unreadable
-                    .first
-                    .get_or_insert_with(|| Faulty { line: number, message: cut(&why, TEXT) });
+                self.unreadable.first.get_or_insert_with(|| Faulty {
+                    line: number,
+                    message: cut(&chain(error.as_ref()), TEXT),
+                });
             }
             Ok(Line { content: Content::FailedJob { job, error }, .. }) => {
                 count_error(&mut self.job_errors, &job, error);
@@ -298,8 +300,8 @@ mod tests {
             _ => image(n, Some("a".into()), 0.9, Some(0.4)),
         });
         let mut collector = collect(5, images);
-        collector.add(101, Err("no".into()));
-        collector.add(102, Err("nor that".into()));
+        collector.add(101, Err(anyhow::anyhow!("no")));
+        collector.add(102, Err(anyhow::anyhow!("nor that")));
         let s = collector.finish();
         assert_eq!((s.lines, s.images, s.classified), (102, 100, 80));
         assert_eq!((s.unknown, s.failed, s.failed_jobs), (10, 10, 0));

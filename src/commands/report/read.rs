@@ -8,6 +8,7 @@
 
 use std::io::{self, BufRead, Read};
 
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
 
 use angler_wire::job::LabelScore;
@@ -98,7 +99,7 @@ struct Draft {
 /// What the system said.
 pub(super) fn lines(
     reader: &mut dyn BufRead,
-    mut take: impl FnMut(u64, Result<Line, String>),
+    mut take: impl FnMut(u64, Result<Line>),
 ) -> io::Result<()> {
     let mut text = Vec::new();
     for number in 1.. {
@@ -109,7 +110,7 @@ pub(super) fn lines(
         }
         if text.len() as u64 == LINE_BYTES && !text.ends_with(b"\n") {
             reader.skip_until(b'\n')?;
-            take(number, Err(format!("it has more than {} MiB", LINE_BYTES >> 20)));
+            take(number, Err(anyhow!("it has more than {} MiB", LINE_BYTES >> 20)));
         } else if !text.trim_ascii().is_empty() {
             take(number, parse(&text));
         }
@@ -117,9 +118,8 @@ pub(super) fn lines(
     Ok(())
 }
 
-fn parse(text: &[u8]) -> Result<Line, String> {
-    let mut draft: Draft =
-        serde_json::from_slice(text).map_err(|error| format!("not a result as JSON: {error}"))?;
+fn parse(text: &[u8]) -> Result<Line> {
+    let mut draft: Draft = serde_json::from_slice(text).context("not a result as JSON")?;
     let (classes, model, backend) =
         (draft.classes.take(), draft.model.take(), draft.backend.take());
     let content = match (draft.images.take(), &draft.uri, draft.status.as_deref()) {
@@ -129,23 +129,23 @@ fn parse(text: &[u8]) -> Result<Line, String> {
         (None, Some(_), _) => Content::Images(vec![image(draft)?]),
         (None, None, Some("failed")) => Content::FailedJob {
             job: draft.id.unwrap_or_default(),
-            error: draft.error.ok_or("a failed job without `error`")?,
+            error: draft.error.context("a failed job without `error`")?,
         },
         (None, None, _) => match (draft.job, draft.error) {
             (Some(job), Some(error)) => Content::FailedJob { job, error },
-            _ => return Err("neither `uri` nor `images`: it is no result".to_owned()),
+            _ => bail!("neither `uri` nor `images`: it is no result"),
         },
     };
     Ok(Line { classes, model, backend, content })
 }
 
-fn image(draft: Draft) -> Result<Image, String> {
-    let uri = draft.uri.ok_or("an image has no `uri`")?;
+fn image(draft: Draft) -> Result<Image> {
+    let uri = draft.uri.context("an image has no `uri`")?;
     let verdict = match (draft.error, draft.score) {
         (Some(error), _) => Verdict::Failed(error),
-        (None, None) => return Err("an image has neither `score` nor `error`".to_owned()),
+        (None, None) => bail!("an image has neither `score` nor `error`"),
         (None, Some(score)) if !(-1.0 - ROUNDING..=1.0 + ROUNDING).contains(&score) => {
-            return Err(format!("a score of {score} is no cosine similarity"));
+            bail!("a score of {score} is no cosine similarity");
         }
         (None, Some(score)) => {
             let mut top = draft.top.unwrap_or_default().into_iter();
@@ -167,7 +167,7 @@ fn image(draft: Draft) -> Result<Image, String> {
 mod tests {
     use super::*;
 
-    fn read(text: &str) -> Vec<(u64, Result<Line, String>)> {
+    fn read(text: &str) -> Vec<(u64, Result<Line>)> {
         let mut all = Vec::new();
         lines(&mut text.as_bytes(), |number, line| all.push((number, line))).unwrap();
         all
@@ -228,7 +228,7 @@ mod tests {
         ] {
             let all = read(&format!("{line}\n{{\"uri\":\"u\",\"score\":0.5}}\n"));
             let error = all[0].1.as_ref().expect_err(line);
-            assert!(error.contains(words), "{error}");
+            assert!(error.to_string().contains(words), "{error:?}");
             assert!(all[1].1.is_ok() && all[1].0 == 2);
         }
     }

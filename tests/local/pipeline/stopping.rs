@@ -93,7 +93,10 @@ async fn a_back_end_that_breaks_ends_the_worker_and_its_jobs_come_back() {
     run.job("a", &["9,0,0"]);
     run.job("b", &["200,0,0", "not_found"]);
     let error = run.ended().await.unwrap_err();
-    assert!(matches!(&error, FatalError::Engine(why) if why.contains("broke")), "{error}");
+    assert!(
+        matches!(&error, FatalError::Engine(why) if why.to_string().contains("broke")),
+        "{error}"
+    );
     assert!(run.sink.ids().is_empty(), "something was said of a job that nothing is known of");
     assert_eq!(run.queue.depth(), (3, 0), "all come back");
     for (id, how) in run.settled() {

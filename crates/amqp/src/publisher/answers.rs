@@ -5,6 +5,8 @@ use std::time::Duration;
 use lapin::Confirmation;
 use lapin::protocol::AMQPSoftError;
 
+use angler_wire::error::Reason;
+
 use super::{Published, Refusal, TooLarge};
 use crate::refused;
 
@@ -13,7 +15,7 @@ pub(super) enum Failed {
     /// The broker's answer to this message.
     Queue(Refusal),
     /// The channel or the connection failed, which says nothing of the message.
-    Channel(String),
+    Channel(Reason),
     /// No answer.
     Silent(Duration),
 }
@@ -29,17 +31,17 @@ pub(super) fn read(
         Ok(Confirmation::Ack(Some(_))) => Ok(Published::Unroutable),
         Ok(Confirmation::Nack(_)) => of_queue("the broker refused it (nack); is the queue full?"),
         Ok(Confirmation::NotRequested) => {
-            Err(Failed::Channel("confirms are off on this channel".to_owned()))
+            Err(Failed::Channel("confirms are off on this channel".into()))
         }
         Err(error) => match refused(&error) {
             Some((AMQPSoftError::PRECONDITIONFAILED, words)) if is_of_size(words) => {
                 if is_of(words, bytes) {
                     return Ok(Published::TooLarge(TooLarge(words.to_owned())));
                 }
-                Err(Failed::Channel(format!("an error of another message: {words}")))
+                Err(Failed::Channel(format!("an error of another message: {words}").into()))
             }
             Some((_, words)) => of_queue(words),
-            None => Err(Failed::Channel(error.to_string())),
+            None => Err(Failed::Channel(Reason::of(error))),
         },
     }
 }

@@ -13,7 +13,7 @@ use angler_inference::engine::{Scored, SubmitError, Want};
 pub use angler_vectors::reference_embeddings::Reference;
 use angler_vectors::reference_embeddings::{Class, Embedded, NoDirection};
 use angler_vectors::rows::{Precision, Vectors};
-use angler_wire::error::{FatalError, ImageError};
+use angler_wire::error::{FatalError, ImageError, Reason};
 
 use crate::pipeline::Pipeline;
 
@@ -143,11 +143,11 @@ impl Gathered {
 
     async fn take(&mut self, next: Option<(Reference, Embedding)>) -> Result<(), BuildError> {
         let Some((reference, embedding)) = next else { return Ok(()) };
-        let fatal = |e: String| BuildError::Fatal(FatalError::Engine(e));
-        match embedding.await.map_err(|e| fatal(e.to_string()))? {
+        let fatal = |reason| BuildError::Fatal(FatalError::Engine(reason));
+        match embedding.await.map_err(|e| fatal(Reason::of(e)))? {
             Ok(scored) => self.add(reference, &scored.embedding.unwrap_or_default()),
             Err(SubmitError::Image(error)) => self.fail(reference, error),
-            Err(SubmitError::Gone) => return Err(fatal("it stopped".to_owned())),
+            Err(SubmitError::Gone) => return Err(fatal("it stopped".into())),
         }
         Ok(())
     }

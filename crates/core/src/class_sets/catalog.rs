@@ -26,6 +26,7 @@ use angler_vectors::active::Active;
 use angler_vectors::file::Expected;
 use angler_vectors::{ClassVectors, ClassesError};
 use angler_wire::control::SetStatus;
+use angler_wire::error::Reason;
 use angler_wire::job::ClassSelector;
 
 use super::load::{self, Loaded, SILENCE, unavailable};
@@ -254,11 +255,11 @@ impl Catalog {
         let answer = timeout(SILENCE, root.store.get(&key, known.as_ref())).await;
         let got = match answer {
             Ok(got) => got.map_err(unavailable),
-            Err(_) => Err(ClassesError::Unavailable(format!(
-                "{}: the store was silent for {} s",
-                root.store.place(&key),
-                SILENCE.as_secs()
-            ))),
+            Err(_) => {
+                let (place, seconds) = (root.store.place(&key), SILENCE.as_secs());
+                let reason = format!("{place}: the store was silent for {seconds} s");
+                Err(ClassesError::Unavailable(reason.into()))
+            }
         };
         let mut version = None;
         let found = match got {
@@ -286,7 +287,8 @@ impl Catalog {
                         version = Some(active.version.clone());
                         self.active(root, set, serving.as_ref(), &active).await
                     }
-                    Err(reason) => {
+                    Err(error) => {
+                        let reason = Reason::of(error);
                         Err(ClassesError::Invalid { place: root.store.place(&key), reason })
                     }
                 };

@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use angler_vectors::file;
 use angler_vectors::file::{Expected, Reader};
 use angler_vectors::{ClassVectors, ClassesError};
+use angler_wire::error::Reason;
 use angler_wire::job::hex;
 
 use crate::store::{ObjectError, ObjectStore};
@@ -56,7 +57,7 @@ pub async fn load(
     let place = store.place(&key);
     let silent = || {
         let seconds = SILENCE.as_secs();
-        ClassesError::Unavailable(format!("{place}: the store was silent for {seconds} s"))
+        ClassesError::Unavailable(format!("{place}: the store was silent for {seconds} s").into())
     };
     let object = timeout(SILENCE, store.open(&key)).await.map_err(|_| silent())?;
     let object = object.map_err(unavailable)?.ok_or_else(|| ClassesError::UnknownVersion {
@@ -64,7 +65,8 @@ pub async fn load(
         version: version.to_owned(),
         reason: format!("{place} does not exist"),
     })?;
-    let invalid = |reason: String| ClassesError::Invalid { place: place.clone(), reason };
+    let invalid =
+        |reason: String| ClassesError::Invalid { place: place.clone(), reason: reason.into() };
     let file_bytes = object.bytes;
     if file_bytes > max_bytes {
         return Err(invalid(format!(
@@ -88,7 +90,7 @@ pub async fn load(
     // Every row is looked at, which takes seconds for a large set: not on the threads that move
     // jobs.
     let checked = tokio::task::spawn_blocking(move || file::check(contents, (&set, &version), &at));
-    let classes = checked.await.map_err(|e| ClassesError::Unavailable(e.to_string()))??;
+    let classes = checked.await.map_err(|e| ClassesError::Unavailable(Reason::of(e)))??;
     Ok(Loaded { classes: Arc::new(classes), sha256: found, file_bytes })
 }
 
@@ -96,8 +98,8 @@ pub async fn load(
 pub(super) fn unavailable(error: ObjectError) -> ClassesError {
     match error {
         ObjectError::TooLarge(place) => {
-            ClassesError::Invalid { place, reason: "it has more than 1 MiB".to_owned() }
+            ClassesError::Invalid { place, reason: "it has more than 1 MiB".into() }
         }
-        other => ClassesError::Unavailable(other.to_string()),
+        other => ClassesError::Unavailable(Reason::of(other)),
     }
 }

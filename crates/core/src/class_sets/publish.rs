@@ -6,8 +6,10 @@
 use std::time::SystemTime;
 
 use angler_vectors::ClassesError;
-use angler_vectors::active::Active;
+use angler_vectors::active::{Active, ActiveError};
 use angler_vectors::file::Expected;
+use angler_wire::error::Reason;
+use angler_wire::text::chain;
 
 use super::load::{Loaded, active_key, load, unavailable};
 use crate::store::{ETag, Got, ObjectError, ObjectStore};
@@ -76,7 +78,7 @@ pub enum Target<'a> {
 pub async fn read_active(
     store: &dyn ObjectStore,
     set: &str,
-) -> Result<Option<(Result<Active, String>, ETag)>, ClassesError> {
+) -> Result<Option<(Result<Active, ActiveError>, ETag)>, ClassesError> {
     match store.get(&active_key(set), None).await.map_err(unavailable)? {
         Got::Object { bytes, etag } => Ok(Some((Active::parse(&bytes), etag))),
         Got::Missing | Got::Unchanged => Ok(None),
@@ -130,7 +132,7 @@ pub async fn activate(
     };
     let body = serde_json::to_vec(&active).map_err(|e| ClassesError::Invalid {
         place: store.place(&active_key(set)),
-        reason: e.to_string(),
+        reason: Reason::of(e),
     })?;
     match store.replace(&active_key(set), body.into(), etag.as_ref()).await {
         Ok(_) => {
@@ -146,14 +148,17 @@ pub async fn activate(
     }
 }
 
-fn previous(set: &str, before: Option<&Result<Active, String>>) -> Result<String, PublishError> {
+fn previous(
+    set: &str,
+    before: Option<&Result<Active, ActiveError>>,
+) -> Result<String, PublishError> {
     let none = |reason: &str| PublishError::NoPrevious {
         set: set.to_owned(),
         reason: format!("{reason}; name one: angler classes activate {set}@VERSION"),
     };
     match before {
         None => Err(none("no version is active")),
-        Some(Err(reason)) => Err(none(&format!("its active.json is {reason}"))),
+        Some(Err(error)) => Err(none(&format!("its active.json is {}", chain(error)))),
         Some(Ok(active)) => active
             .previous
             .clone()

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use async_trait::async_trait;
 use serde::Serialize;
 
-use angler_wire::error::FatalError;
+use angler_wire::error::{FatalError, Reason};
 use angler_wire::job::{ImageEntry, JobResult, Outcome, Provenance};
 
 use super::{ResultSink, SinkError};
@@ -95,14 +95,14 @@ impl State {
         let (provenance, images) = match &result.outcome {
             Outcome::Done { provenance, images } => (provenance, images),
             Outcome::Failed { error } => {
-                return Err(FatalError::Sink(format!("{}: {error}", error.code)));
+                return Err(FatalError::Sink(format!("{}: {error}", error.code).into()));
             }
         };
         for entry in images {
             if let Some(writer) = &mut self.writer {
                 Line { entry, provenance }
                     .write(writer)
-                    .map_err(|e| FatalError::Sink(e.to_string()))?;
+                    .map_err(|e| FatalError::Sink(Reason::of(e)))?;
             }
             (self.observer)(entry);
         }

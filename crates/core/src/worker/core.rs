@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use angler_inference::embed::Backend;
 use angler_metrics::Metrics;
-use angler_wire::error::FatalError;
+use angler_wire::error::{FatalError, Reason};
 
 use super::WorkerOptions;
 use crate::class_sets::catalog::Catalog;
@@ -151,5 +151,5 @@ pub(super) async fn places(slots: &Arc<Semaphore>, count: u32) -> OwnedSemaphore
 fn settled_or_fatal(
     ended: Result<Result<(), FatalError>, tokio::task::JoinError>,
 ) -> Result<(), FatalError> {
-    ended.unwrap_or_else(|e| Err(FatalError::Engine(format!("a job's task panicked: {e}"))))
+    ended.unwrap_or_else(|e| Err(FatalError::Engine(Reason::new("a job's task panicked", e))))
 }

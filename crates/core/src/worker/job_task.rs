@@ -14,7 +14,7 @@ use angler_inference::engine::{Scored, SubmitError, Want};
 use angler_metrics::Stage;
 use angler_vectors::{ClassVectors, ClassesError, Opinion};
 use angler_wire::error::{
-    Failure, FailureCode, FatalError, ImageError, ImageErrorCode, JobError, StoreFault,
+    Failure, FailureCode, FatalError, ImageError, ImageErrorCode, JobError, Reason, StoreFault,
 };
 use angler_wire::job::{
     Embedding, ImageEntry, ImageRef, Job, JobResult, Outcome, Provenance, Verdict,
@@ -295,7 +295,7 @@ impl JobTask {
             Ok(()) => Ok(()),
             Err(SinkError::Fatal(error)) => Err(error),
             // No result at all fits.
-            Err(error @ SinkError::TooLarge { .. }) => Err(FatalError::Sink(error.to_string())),
+            Err(error @ SinkError::TooLarge { .. }) => Err(FatalError::Sink(Reason::of(error))),
         }
     }
 

@@ -146,7 +146,7 @@ mod tests {
         let mut calls = 0;
         let failed = Pieces::UpTo(2).each(pixels.view(), |_, _| {
             calls += 1;
-            Err(EmbedError::Batch("as told".to_owned()))
+            Err(EmbedError::Batch("as told".into()))
         });
         assert_eq!(calls, 1);
         assert!(matches!(failed, Err(EmbedError::Batch(_))));

@@ -8,6 +8,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use angler_vectors::ClassVectors;
+use angler_wire::error::Reason;
+use angler_wire::text::chain;
 
 /// Looks after which a copy that was not asked for may go. As many batches are seconds on a CPU
 /// and less on a GPU: longer than versions alternate in a swap, and a copy is soon made again.
@@ -53,7 +55,7 @@ impl<T: Clone> Prepared<T> {
         &self,
         classes: &Arc<ClassVectors>,
         bytes: usize,
-        make: impl FnOnce() -> Result<T, String>,
+        make: impl FnOnce() -> Result<T, Reason>,
     ) -> Option<T> {
         let refusal = {
             let mut state = self.lock();
@@ -72,7 +74,7 @@ impl<T: Clone> Prepared<T> {
             (!fits).then(|| format!("{bytes} bytes are more than embedder.graph_bytes = {budget}"))
         };
         let made = match refusal {
-            Some(reason) => Err(reason),
+            Some(reason) => Err(reason.into()),
             None => make(),
         };
         let mut state = self.lock();
@@ -86,6 +88,7 @@ impl<T: Clone> Prepared<T> {
                 Some(copy)
             }
             Err(reason) => {
+                let reason = chain(&reason);
                 tracing::warn!(classes = classes.id(), "scored on the host: {reason}");
                 if let Some(entry) = entry {
                     (entry.bytes, entry.copy) = (0, Kept::Refused);

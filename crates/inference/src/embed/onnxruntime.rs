@@ -15,9 +15,12 @@ use std::sync::{Arc, Mutex};
 use ndarray::{Array2, ArrayView4, s};
 use ort::environment::Environment;
 use ort::session::Session;
-use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::session::builder::GraphOptimizationLevel;
 use ort::value::TensorRef;
 use serde::{Deserialize, Serialize};
+
+use angler_wire::error::Reason;
+use angler_wire::text::chain;
 
 use super::{Against, Backend, ClassMemory, EmbedError, Embedder, Scores};
 use crate::embed::call_sizes::Pieces;
@@ -120,7 +123,7 @@ impl Runtime {
     ///
     /// # Errors
     /// Each place that was tried and why it did not do.
-    pub fn find(named: Option<&Path>) -> Result<Self, String> {
+    pub fn find(named: Option<&Path>) -> Result<Self, Reason> {
         let mut loaded = LOADED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some((environment, library)) = loaded.as_ref() {
             // A second library cannot be loaded beside the first; asking for another is an error,
@@ -130,7 +133,8 @@ impl Runtime {
                     "ONNX Runtime was already loaded from {}, not from {}",
                     library.display(),
                     path.display()
-                )),
+                )
+                .into()),
                 _ => Ok(Self { environment, library: library.clone() }),
             };
         }
@@ -145,7 +149,7 @@ impl Runtime {
             return Err(
                 "libonnxruntime.so was not found (the README says where it is looked for, \
                         and how to install it in one line)"
-                    .to_owned(),
+                    .into(),
             );
         }
         let mut refused = Vec::new();
@@ -157,10 +161,16 @@ impl Runtime {
                     *loaded = Some((environment, place.clone()));
                     return Ok(Self { environment, library: place });
                 }
-                Err(reason) => refused.push(format!("{}: {reason}", place.display())),
+                Err(reason) => refused.push(Reason::new(place.display().to_string(), reason)),
             }
         }
-        Err(refused.join("; "))
+        match refused.pop() {
+            Some(only) if refused.is_empty() => Err(only),
+            last => {
+                let all = refused.iter().chain(&last).map(|reason| chain(reason));
+                Err(all.collect::<Vec<_>>().join("; ").into())
+            }
+        }
     }
 
     /// The library that was loaded.
@@ -180,12 +190,13 @@ impl Runtime {
         size: Size,
         cuda: CudaOptions,
         fused: Option<Fused<'_>>,
-    ) -> Result<OnnxRuntimeEmbedder, String> {
+    ) -> Result<OnnxRuntimeEmbedder, Reason> {
         if provider != Provider::Cpu {
             preload_cuda(&self.library);
         }
         let graph = fused.as_ref().map_or(model.graph.as_slice(), |fused| fused.graph);
-        let session = build(self.environment, graph, provider, size.threads, cuda)?;
+        let session = build(self.environment, graph, provider, size.threads, cuda);
+        let session = session.map_err(Reason::of)?;
         let assignment = Assignment::of(&session)?;
         match provider {
             // TensorRT leaves to CUDA what it does not take, which may be all of a small model.
@@ -206,7 +217,7 @@ impl Runtime {
             (None, _) => Pieces::Padded(max_batch),
         };
         let scoring = fused.map(|fused| fused::Scoring::new(fused.memory));
-        let scoring = scoring.transpose().map_err(|e| e.to_string())?;
+        let scoring = scoring.transpose().map_err(Reason::of)?;
         Ok(OnnxRuntimeEmbedder {
             session,
             backend,
@@ -227,17 +238,17 @@ fn same_file(a: &Path, b: &Path) -> bool {
     }
 }
 
-fn load(library: &Path) -> Result<Environment, String> {
+fn load(library: &Path) -> Result<Environment, Reason> {
     if !library.is_file() {
-        return Err("no such file".to_owned());
+        return Err("no such file".into());
     }
     // `init_from` is the one entry of `ort` that turns a missing or old library into an error.
     ort::init_from(library)
-        .map_err(|e| e.to_string())?
+        .map_err(Reason::of)?
         .with_name("angler")
         .with_telemetry(false)
         .build()
-        .map_err(|e| e.to_string())
+        .map_err(Reason::of)
 }
 
 /// The configuration entry with which sums of uint8 × int8 products do not saturate in 16 bits on x86
@@ -252,30 +263,25 @@ fn build(
     provider: Provider,
     threads: usize,
     options: CudaOptions,
-) -> Result<Session, String> {
-    let text = |e: ort::Error<SessionBuilder>| e.to_string();
-    let builder = Session::builder(environment).map_err(|e| e.to_string())?;
-    let builder = builder.with_optimization_level(GraphOptimizationLevel::All).map_err(text)?;
-    let builder = builder.with_config_entry(assignment::RECORD, "1").map_err(text)?;
-    let builder = builder.with_config_entry(EXACT_PRODUCTS, "1").map_err(text)?;
+) -> ort::Result<Session> {
+    let builder = Session::builder(environment)?;
+    let builder = builder.with_optimization_level(GraphOptimizationLevel::All)?;
+    let builder = builder.with_config_entry(assignment::RECORD, "1")?;
+    let builder = builder.with_config_entry(EXACT_PRODUCTS, "1")?;
     // Of a session on a GPU only what computes shapes runs on the CPU: one thread does.
     let threads = if provider == Provider::Cpu { threads } else { 1 };
-    let builder = builder.with_intra_threads(threads).map_err(text)?;
+    let builder = builder.with_intra_threads(threads)?;
     // Threads that spin while they wait take the cores that decode the next images.
-    let builder = builder.with_intra_op_spinning(false).map_err(text)?;
+    let builder = builder.with_intra_op_spinning(false)?;
     let mut builder = match provider {
         Provider::Cpu => builder,
-        Provider::Cuda(device) => {
-            builder.with_execution_providers([cuda(device, options)]).map_err(text)?
-        }
-        Provider::TensorRt(device) => builder
-            .with_execution_providers([
-                ort::ep::TensorRT::default().with_device_id(device).build().error_on_failure(),
-                cuda(device, options),
-            ])
-            .map_err(text)?,
+        Provider::Cuda(device) => builder.with_execution_providers([cuda(device, options)])?,
+        Provider::TensorRt(device) => builder.with_execution_providers([
+            ort::ep::TensorRT::default().with_device_id(device).build().error_on_failure(),
+            cuda(device, options),
+        ])?,
     };
-    builder.commit_from_memory(graph).map_err(|e| e.to_string())
+    builder.commit_from_memory(graph)
 }
 
 /// Every option is stated: ONNX Runtime's own default for TF32 is on.
@@ -459,7 +465,7 @@ fn run(
 
 /// What a failed call means for the next one.
 fn failed(error: ort::Error) -> EmbedError {
-    meaning(error.to_string())
+    meaning(Reason::of(error))
 }
 
 /// What ONNX Runtime, CUDA, cuBLAS and cuDNN say when memory is short.
@@ -473,10 +479,11 @@ const OUT_OF_MEMORY: [&str; 5] = [
 
 /// Whether memory is short. Everything else is the batch's fault until the back end fails on a black
 /// image, too: a CUDA error that sticks is told so from one that only looks like it.
-fn meaning(message: String) -> EmbedError {
+fn meaning(reason: Reason) -> EmbedError {
+    let message = reason.to_string();
     match OUT_OF_MEMORY.iter().any(|words| message.contains(words)) {
-        true => EmbedError::OutOfMemory(message),
-        false => EmbedError::Batch(message),
+        true => EmbedError::OutOfMemory(reason),
+        false => EmbedError::Batch(reason),
     }
 }
 
@@ -508,7 +515,7 @@ mod tests {
             "CUDNN failure 4: CUDNN_STATUS_ALLOC_FAILED ; GPU=0",
             "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
         ] {
-            let meant = meaning(message.to_owned());
+            let meant = meaning(message.into());
             assert!(matches!(meant, EmbedError::OutOfMemory(_)), "{meant:?}");
         }
         for message in [
@@ -516,7 +523,7 @@ mod tests {
             "CUDNN_FE failure 11: CUDNN_BACKEND_API_FAILED ; GPU=0 ; HEURISTIC_QUERY_FAILED",
             "Non-zero status code returned while running Reshape node.",
         ] {
-            let meant = meaning(message.to_owned());
+            let meant = meaning(message.into());
             assert!(matches!(meant, EmbedError::Batch(_)), "{meant:?}");
         }
     }

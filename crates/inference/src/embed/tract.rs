@@ -12,6 +12,8 @@ use prost::Message;
 use tract_onnx::prelude::*;
 use tract_onnx::tract_core::plan::{SimplePlan, SimpleState};
 
+use angler_wire::error::Reason;
+
 use super::{Backend, EmbedError, Embedder};
 use crate::model::Model;
 
@@ -31,13 +33,13 @@ impl TractEmbedder {
     ///
     /// # Errors
     /// What tract says: an operator that it does not know, for example.
-    pub fn new(model: &Model, threads: usize) -> Result<Self, String> {
+    pub fn new(model: &Model, threads: usize) -> Result<Self, Reason> {
         let batch = model.fixed_batch.unwrap_or(1);
-        let plan = plan(model, batch).map_err(|e| format!("tract refuses the model: {e:#}"))?;
+        let plan = plan(model, batch).map_err(|e| Reason::new("tract refuses the model", e))?;
         let states = (0..threads.max(1))
             .map(|_| plan.spawn())
             .collect::<TractResult<Vec<_>>>()
-            .map_err(|e| format!("tract cannot start the model: {e:#}"))?;
+            .map_err(|e| Reason::new("tract cannot start the model", e))?;
         Ok(Self { states, batch, dim: model.dim })
     }
 }
@@ -119,7 +121,7 @@ fn run(
     }
     values.resize(batch * height * width * channels, 0);
     debug_assert!(images <= batch);
-    let failed = |e: TractError| EmbedError::Batch(format!("{e:#}"));
+    let failed = |e: TractError| EmbedError::Batch(Reason::of(e));
     let shape = [batch, height, width, channels];
     let input = Tensor::from_shape(&shape, &values).map_err(failed)?;
     let output = state.run(tvec!(input.into_tvalue())).map_err(failed)?.remove(0);

@@ -21,7 +21,8 @@ use angler_metrics::trace::{BatchFacts, BatchTrace};
 use angler_vectors::ClassVectors;
 use angler_vectors::score::{ClassScore, Scorer};
 use angler_vectors::unit::normalise;
-use angler_wire::error::{ImageError, ImageErrorCode};
+use angler_wire::error::{ImageError, ImageErrorCode, Reason};
+use angler_wire::text::chain;
 
 use super::{Batch, EngineStats, Image, OnFailure, Scored, SubmitError, Want, scoring};
 use crate::embed::{EmbedError, Embedder, Scores};
@@ -51,7 +52,7 @@ pub(super) struct Shared {
     pub lanes: Arc<AtomicUsize>,
     pub on_failure: OnFailure,
     pub in_flight: watch::Sender<usize>,
-    pub broken: Arc<watch::Sender<Option<String>>>,
+    pub broken: Arc<watch::Sender<Option<Reason>>>,
     pub stats: Arc<EngineStats>,
     pub embedding: Arc<Step>,
     pub scorer: Scorer,
@@ -63,7 +64,7 @@ pub(super) fn spawn(
     embedder: Box<dyn Embedder>,
     size: (u32, u32),
     shared: Shared,
-) -> Result<std::thread::JoinHandle<()>, String> {
+) -> Result<std::thread::JoinHandle<()>, Reason> {
     let (warmed, warm) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::Builder::new()
         .name(format!("angler-embed-{lane}"))
@@ -79,8 +80,8 @@ pub(super) fn spawn(
                 executor.run();
             }
         })
-        .map_err(|e| format!("the thread for the model cannot be started: {e}"))?;
-    warm.recv().map_err(|_| "the back end panicked on a black image".to_owned())??;
+        .map_err(|e| Reason::new("the thread for the model cannot be started", e))?;
+    warm.recv().map_err(|_| "the back end panicked on a black image")??;
     Ok(thread)
 }
 
@@ -99,12 +100,12 @@ struct Executor {
 
 /// Why a back end is broken for good, and what it did not finish.
 struct Gone {
-    reason: String,
+    reason: Reason,
     left: Left,
 }
 
 /// Breaks off with these images unanswered.
-fn gone(reason: String, images: Vec<Image>, pixels: &[u8]) -> ControlFlow<Gone> {
+fn gone(reason: Reason, images: Vec<Image>, pixels: &[u8]) -> ControlFlow<Gone> {
     ControlFlow::Break(Gone { reason, left: Left { images, pixels: pixels.to_vec() } })
 }
 
@@ -135,7 +136,7 @@ enum Ran {
 impl Executor {
     /// Runs every shape that will come, so that no image waits while the back end makes room for it
     /// or looks for its fastest kernels.
-    fn warm(&mut self) -> Result<(), String> {
+    fn warm(&mut self) -> Result<(), Reason> {
         for images in self.embedder.shapes() {
             match self.black(images) {
                 Ok(()) => {}
@@ -148,7 +149,12 @@ impl Executor {
                     self.lower_limit(images, &reason);
                     break;
                 }
-                Err(e) => return Err(format!("the model fails on {images} black image(s): {e}")),
+                Err(e) => {
+                    return Err(Reason::new(
+                        format!("the model fails on {images} black image(s)"),
+                        e,
+                    ));
+                }
             }
         }
         Ok(())
@@ -183,7 +189,7 @@ impl Executor {
             if let (Some(trace), ControlFlow::Break(Gone { reason, .. })) =
                 (&mut self.trace, &outcome)
             {
-                trace.broke(reason);
+                trace.broke(&chain(reason));
             }
             self.trace = None;
             if let ControlFlow::Break(Gone { reason, left }) = outcome {
@@ -212,7 +218,7 @@ impl Executor {
 
     /// Ends this thread: others take what it leaves, or the engine is broken. Images that are
     /// dropped unanswered are seen as [`SubmitError::Gone`].
-    fn leave(self, reason: String, left: Left) {
+    fn leave(self, reason: Reason, left: Left) {
         let Self { lane, shared, .. } = self;
         let others = shared.lanes.fetch_sub(1, Ordering::SeqCst) - 1;
         if others == 0 || shared.on_failure == OnFailure::Exit {
@@ -228,7 +234,8 @@ impl Executor {
         }
         tracing::error!(
             session = lane,
-            "a back end is broken for good and is taken out, {others} go on: {reason}"
+            "a back end is broken for good and is taken out, {others} go on: {}",
+            chain(&reason)
         );
         // The batcher looks anew at how many there are.
         shared.in_flight.send_modify(|_| {});
@@ -258,7 +265,7 @@ impl Executor {
         self.shared.stats.embedded(started.elapsed(), if last { count } else { 0 });
         if let Some(trace) = &self.trace {
             let name = if matches!(ran, Ok(Ran::Scored(_))) { "embed and score" } else { "embed" };
-            let failed = ran.as_ref().err().map(ToString::to_string);
+            let failed = ran.as_ref().err().map(|error| chain(error));
             trace.step(name, began, count, failed.as_deref());
         }
         match ran {
@@ -308,7 +315,7 @@ impl Executor {
     }
 
     /// From now on batches are smaller than one of so many images, for which there was no memory.
-    fn lower_limit(&mut self, images: usize, reason: &str) {
+    fn lower_limit(&mut self, images: usize, reason: &Reason) {
         self.shared.stats.metrics.out_of_memory();
         // Back ends fill batches up to powers of two, so no other size takes less.
         let limit = 1 << (images.max(2) / 2).ilog2();
@@ -317,35 +324,37 @@ impl Executor {
             self.shared.stats.metrics.limit_batches(limit);
             tracing::warn!(
                 session = self.lane,
-                "no memory for {images} images at once, from now on at most {limit}: {reason}"
+                "no memory for {images} images at once, from now on at most {limit}: {}",
+                chain(reason)
             );
         }
     }
 
     /// The back end has made its calls smaller.
-    fn short_of_memory(&self, images: usize, reason: &str) {
+    fn short_of_memory(&self, images: usize, reason: &Reason) {
         self.shared.stats.metrics.out_of_memory();
         let calls = self.embedder.shapes();
         tracing::warn!(
             session = self.lane,
             ?calls,
-            "no memory for {images} images at once, calls are smaller from now on: {reason}"
+            "no memory for {images} images at once, calls are smaller from now on: {}",
+            chain(reason)
         );
     }
 
     /// Finds the image that the model fails on. If it fails on a black one as well, the fault is the
     /// back end's: then no image is answered, and the reason is what it said of the black one.
-    fn bisect(&mut self, images: Vec<Image>, pixels: &[u8], reason: &str) -> ControlFlow<Gone> {
+    fn bisect(&mut self, images: Vec<Image>, pixels: &[u8], reason: &Reason) -> ControlFlow<Gone> {
         if images.len() > 1 {
-            tracing::debug!(images = images.len(), reason, "a batch failed and is halved");
+            tracing::debug!(images = images.len(), %reason, "a batch failed and is halved");
             let half = images.len() / 2;
             return self.parts(images, pixels, half);
         }
         if let Err(error) = self.black(1) {
-            return gone(format!("it fails on a black image, too: {error}"), images, pixels);
+            return gone(Reason::new("it fails on a black image, too", error), images, pixels);
         }
         for image in images {
-            let message = format!("the model failed on this image: {reason}");
+            let message = format!("the model failed on this image: {}", chain(reason));
             let error = ImageError::new(ImageErrorCode::Internal, message);
             // The image's task may be gone, its job timed out or lost.
             let _ = image.reply.send(Err(SubmitError::Image(error)));
@@ -386,7 +395,7 @@ impl Executor {
             Err(EmbedError::Broken(reason)) => Some(Err(EmbedError::Broken(reason))),
             Err(EmbedError::Batch(reason) | EmbedError::OutOfMemory(reason)) => {
                 if !std::mem::replace(&mut self.scoring_failed, true) {
-                    tracing::warn!("a batch could not be scored in the graph: {reason}");
+                    tracing::warn!("a batch could not be scored in the graph: {}", chain(&reason));
                 }
                 None
             }
@@ -407,11 +416,11 @@ impl Executor {
     ) -> Result<T, EmbedError> {
         let (width, height) = (self.size.0 as usize, self.size.1 as usize);
         let view = ArrayView4::from_shape((images, height, width, 3), pixels)
-            .map_err(|e| EmbedError::Batch(format!("pixels do not fit the batch: {e}")))?;
+            .map_err(|e| EmbedError::Batch(Reason::new("pixels do not fit the batch", e)))?;
         let _watched = self.shared.embedding.enter();
         let embedder = &mut self.embedder;
         catch_unwind(AssertUnwindSafe(|| run(embedder.as_mut(), view)))
-            .map_err(|_| EmbedError::Batch("the back end panicked".to_owned()))
+            .map_err(|_| EmbedError::Batch("the back end panicked".into()))
     }
 }
 

@@ -22,6 +22,8 @@ use tract_onnx::pb::{
 };
 
 use super::graph::{int, int64s, ints};
+use angler_wire::error::Reason;
+
 use super::{Model, ModelError};
 
 /// Input: f32 [rows, dim], unit rows.
@@ -49,22 +51,23 @@ impl Model {
     /// # Errors
     /// [`ModelError::Graph`] if the model's operators are too old for it.
     pub fn fused_graph(&self) -> Result<Vec<u8>, ModelError> {
-        let unusable = |reason: String| ModelError::Graph { place: self.name.clone(), reason };
+        let unusable = |reason: Reason| ModelError::Graph { place: self.name.clone(), reason };
         let mut proto = ModelProto::decode(self.graph.as_slice())
-            .map_err(|e| unusable(format!("not an ONNX model: {e}")))?;
+            .map_err(|e| unusable(Reason::new("not an ONNX model", e)))?;
         let onnx = |domain: &str| domain.is_empty() || domain == "ai.onnx";
         let opset = proto.opset_import.iter().filter(|o| onnx(&o.domain)).map(|o| o.version).max();
         let opset = opset.unwrap_or(0);
         if opset < OLDEST_OPSET {
-            return Err(unusable(format!(
+            let reason = format!(
                 "its operators are of opset {opset}, and scoring in the graph takes \
                  {OLDEST_OPSET} or later (onnx.version_converter makes a newer one)"
-            )));
+            );
+            return Err(unusable(reason.into()));
         }
         let graph = proto
             .graph
             .as_mut()
-            .ok_or_else(|| unusable("not an ONNX model: it holds no graph".to_owned()))?;
+            .ok_or_else(|| unusable("not an ONNX model: it holds no graph".into()))?;
 
         graph.node.extend(tail(&self.output, opset));
         if opset >= AXES_ARE_INPUT {

@@ -12,6 +12,8 @@ use tract_onnx::pb::{
     tensor_shape_proto::Dimension, tensor_shape_proto::dimension, type_proto,
 };
 
+use angler_wire::error::Reason;
+
 use super::{Channels, InputTransform, Layout, ModelError, PIXELS_INPUT};
 
 /// What the edit yields.
@@ -31,19 +33,19 @@ pub(super) fn with_pixel_input(
     place: &str,
 ) -> Result<Edited, ModelError> {
     let unusable =
-        |reason: String| ModelError::Graph { place: format!("{place}/model.onnx"), reason };
+        |reason: Reason| ModelError::Graph { place: format!("{place}/model.onnx"), reason };
     let mut model =
-        ModelProto::decode(onnx).map_err(|e| unusable(format!("not an ONNX model: {e}")))?;
+        ModelProto::decode(onnx).map_err(|e| unusable(Reason::new("not an ONNX model", e)))?;
     let graph = model
         .graph
         .as_mut()
         .filter(|graph| !graph.node.is_empty())
-        .ok_or_else(|| unusable("not an ONNX model: it holds no graph".to_owned()))?;
+        .ok_or_else(|| unusable("not an ONNX model: it holds no graph".into()))?;
     if graph.initializer.iter().any(|tensor| !tensor.external_data.is_empty()) {
         return Err(unusable(
             "its weights lie in external files; save it as one file (onnx.save without \
              save_as_external_data)"
-                .to_owned(),
+                .into(),
         ));
     }
 
@@ -54,10 +56,13 @@ pub(super) fn with_pixel_input(
         graph.input.iter().filter(|i| !initializers.contains(i.name.as_str())).collect();
     let input = choose(&inputs, transform.name.as_deref(), "input", place)?.clone();
     if let Some(other) = inputs.iter().find(|i| i.name != input.name) {
-        return Err(unusable(format!(
-            "it needs a second input, {:?}: only models of one image input can be used",
-            other.name
-        )));
+        return Err(unusable(
+            format!(
+                "it needs a second input, {:?}: only models of one image input can be used",
+                other.name
+            )
+            .into(),
+        ));
     }
     let outputs: Vec<&ValueInfoProto> = graph.output.iter().collect();
     let embedding = choose(&outputs, output, "output", place)?.clone();

@@ -14,6 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 use angler_amqp::ask::answer;
 use angler_amqp::run_queues::RunQueues;
 use angler_amqp::{AmqpError, AmqpOptions, Backoff, close, connect};
+use angler_wire::text::chain;
 
 use super::super::mark;
 
@@ -60,7 +61,7 @@ impl Watch {
                         close(&connection).await;
                         reason
                     }
-                    Err(error) => error.to_string(),
+                    Err(error) => chain(&error),
                 };
                 tracing::debug!("it is unknown whether the run is cancelled: {reason}");
                 sleep(backoff.pause()).await;
@@ -98,7 +99,7 @@ impl Asking<'_> {
         loop {
             let is_cancelled = match timeout(ANSWER, self.is_cancelled()).await {
                 Ok(Ok(is_cancelled)) => is_cancelled,
-                Ok(Err(error)) => return error.to_string(),
+                Ok(Err(error)) => return chain(&error),
                 Err(_) => return format!("no answer within {} s", ANSWER.as_secs()),
             };
             if is_cancelled {
@@ -106,7 +107,7 @@ impl Asking<'_> {
                 match mark::read(self.connection, &self.queues.id).await {
                     Ok(Some(mark)) if mark.nonce == self.nonce => cancelled(teller, mark.sent),
                     Ok(_) => {} // The run's queues are being deleted.
-                    Err(error) => return error.to_string(),
+                    Err(error) => return chain(&error),
                 }
             } else {
                 teller.send_replace(Known::Runs);

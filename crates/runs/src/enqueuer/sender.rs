@@ -171,7 +171,7 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
             Err(TurnError::Amqp(error)) => Err(error.into()),
             Err(TurnError::Busy { .. }) if may_have_turn => {
                 let reason = "the broker has not noticed yet that the last connection was lost, or another command sends the run";
-                Err(Failed::Connection(reason.to_owned()))
+                Err(Failed::Connection(reason.into()))
             }
             Err(TurnError::Busy { .. }) => {
                 let mark = mark::read(connection, &self.names).await.ok().flatten();
@@ -271,7 +271,7 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
         };
         let channel = answer(connection.create_channel()).await?;
         if !registry::add(&channel, target.first, &begun).await? {
-            return Err(Failed::Connection("the broker refused the list of runs".to_owned()));
+            return Err(Failed::Connection("the broker refused the list of runs".into()));
         }
         answer(channel.close(200, "done".into())).await?;
         self.is_listed = true;
@@ -319,9 +319,9 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
         let queue = &self.target.topology.jobs;
         match look_at(link.connection, queue).await {
             Ok(None) => self.unsent(Obstacle::NoQueue(queue.clone())).into(),
-            Ok(Some(_)) => Failed::Connection(format!(
-                "the broker returned jobs, although queue {queue} exists"
-            )),
+            Ok(Some(_)) => Failed::Connection(
+                format!("the broker returned jobs, although queue {queue} exists").into(),
+            ),
             Err(error) => error.into(),
         }
     }
@@ -445,7 +445,7 @@ impl Waiting<'_> {
             match connection.status().blocked() {
                 true if is_over => {
                     let reason = "it blocks publishers (a memory or disk alarm)";
-                    return Err(Failed::Connection(reason.to_owned()));
+                    return Err(Failed::Connection(reason.into()));
                 }
                 true => asked = Instant::now(),
                 false if asked.elapsed() < ANSWER => {}
@@ -494,12 +494,12 @@ async fn write(connection: &Connection, marker: &Marker, mark: &Mark) -> Outcome
     match marker.write(connection, mark).await? {
         Written::Kept => Ok(()),
         Written::Refused => Err(mark_refused()),
-        Written::Gone => Err(Failed::Connection("the run's mark was deleted".to_owned())),
+        Written::Gone => Err(Failed::Connection("the run's mark was deleted".into())),
     }
 }
 
 fn mark_refused() -> Failed<EnqueueError> {
-    Failed::Connection("the broker refused the run's mark".to_owned())
+    Failed::Connection("the broker refused the run's mark".into())
 }
 
 fn properties(queues: &RunQueues) -> BasicProperties {

@@ -16,6 +16,7 @@ use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderB
 use parquet::basic::Compression;
 use parquet::file::metadata::ParquetMetaData;
 
+use angler_wire::error::Reason;
 use angler_wire::job::ImageRef;
 
 use super::ManifestError;
@@ -33,7 +34,7 @@ enum Column<'a> {
 }
 
 impl<'a> Column<'a> {
-    fn of(name: &str, array: &'a dyn Array) -> Result<Self, String> {
+    fn of(name: &str, array: &'a dyn Array) -> Result<Self, Reason> {
         if let Some(text) = array.as_string_opt() {
             return Ok(Self::Text(text));
         }
@@ -47,12 +48,15 @@ impl<'a> Column<'a> {
         match numbers {
             // People number their images.
             Some(numbers) if name == "id" => Ok(numbers),
-            _ => Err(format!("its column `{name}` is of {}, not of strings", array.data_type())),
+            _ => {
+                let of = array.data_type();
+                Err(format!("its column `{name}` is of {of}, not of strings").into())
+            }
         }
     }
 
     /// The value of a row; none if it is null.
-    fn get(&self, row: usize) -> Result<Option<Cow<'a, str>>, String> {
+    fn get(&self, row: usize) -> Result<Option<Cow<'a, str>>, Reason> {
         let null = match self {
             Self::Text(column) => column.is_null(row),
             Self::Bytes(column) => column.is_null(row),
@@ -65,7 +69,7 @@ impl<'a> Column<'a> {
         Ok(Some(match self {
             Self::Text(column) => Cow::Borrowed(column.value(row)),
             Self::Bytes(column) => Cow::Borrowed(
-                std::str::from_utf8(column.value(row)).map_err(|e| format!("not UTF-8: {e}"))?,
+                std::str::from_utf8(column.value(row)).map_err(|e| Reason::new("not UTF-8", e))?,
             ),
             Self::Int32(column) => Cow::Owned(column.value(row).to_string()),
             Self::Int64(column) => Cow::Owned(column.value(row).to_string()),
@@ -79,18 +83,17 @@ pub(super) fn read(
     place: &str,
     mut push: impl FnMut(u64, ImageRef) -> Result<(), ManifestError>,
 ) -> Result<(), ManifestError> {
-    let wrong = |reason: String| ManifestError::Parquet { place: place.to_owned(), reason };
-    let cannot = |error: &dyn std::fmt::Display| wrong(format!("cannot be read: {error}"));
+    let wrong = |reason: Reason| ManifestError::Parquet { place: place.to_owned(), reason };
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
     let builder = ParquetRecordBatchReaderBuilder::try_new_with_options(file, options)
-        .map_err(|e| cannot(&e))?;
+        .map_err(|e| wrong(Reason::new("cannot be read", e)))?;
     let columns = columns(builder.schema()).map_err(wrong)?;
     decoded(builder.metadata()).map_err(wrong)?;
     let mask = ProjectionMask::roots(builder.parquet_schema(), columns);
     let reader = builder.with_projection(mask).with_batch_size(ROWS).build();
     let mut number = 0;
-    for batch in reader.map_err(|e| cannot(&e))? {
-        let batch = batch.map_err(|e| cannot(&e))?;
+    for batch in reader.map_err(|e| wrong(Reason::new("cannot be read", e)))? {
+        let batch = batch.map_err(|e| wrong(Reason::new("cannot be read", e)))?;
         let column = |name| batch.column_by_name(name).map(|array| Column::of(name, array));
         let Some(uris) = column("uri").transpose().map_err(wrong)? else { continue };
         let ids = column("id").transpose().map_err(wrong)?;
@@ -99,7 +102,7 @@ pub(super) fn read(
             let of_row =
                 |reason| ManifestError::Row { place: place.to_owned(), row: number, reason };
             let uri = uris.get(row).map_err(of_row)?;
-            let uri = uri.ok_or_else(|| of_row("`uri` is null".to_owned()))?.into_owned();
+            let uri = uri.ok_or_else(|| of_row("`uri` is null".into()))?.into_owned();
             let id = ids.as_ref().map_or(Ok(None), |ids| ids.get(row)).map_err(of_row)?;
             let id = id.map(Cow::into_owned).filter(|id| !id.is_empty());
             push(number, ImageRef { uri, id })?;
@@ -109,16 +112,16 @@ pub(super) fn read(
 }
 
 /// Where the columns stand that are read.
-fn columns(schema: &Schema) -> Result<Vec<usize>, String> {
+fn columns(schema: &Schema) -> Result<Vec<usize>, Reason> {
     let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
     if !names.contains(&"uri") {
-        return Err(format!("has no column `uri`, but {}", names.join(", ")));
+        return Err(format!("has no column `uri`, but {}", names.join(", ")).into());
     }
     Ok((0..names.len()).filter(|at| ["uri", "id"].contains(&names[*at])).collect())
 }
 
 /// Whether the columns that are read are compressed in a way that is known here.
-fn decoded(metadata: &ParquetMetaData) -> Result<(), String> {
+fn decoded(metadata: &ParquetMetaData) -> Result<(), Reason> {
     for column in metadata.row_groups().iter().flat_map(|group| group.columns()) {
         let name = column.column_path().parts().first().map_or("", String::as_str);
         let known = match column.compression() {
@@ -129,7 +132,8 @@ fn decoded(metadata: &ParquetMetaData) -> Result<(), String> {
             return Err(format!(
                 "its column `{name}` is compressed with {}, which is not read here: write the file with snappy, gzip or no compression",
                 column.compression()
-            ));
+            )
+            .into());
         }
     }
     Ok(())
@@ -137,6 +141,8 @@ fn decoded(metadata: &ParquetMetaData) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use angler_wire::text::chain;
+
     use super::*;
     use std::sync::Arc;
 
@@ -168,7 +174,7 @@ mod tests {
             found.push((number, uri, id));
             Ok(())
         };
-        read(file, "list.parquet", push).map_err(|e| e.to_string())?;
+        read(file, "list.parquet", push).map_err(|e| chain(&e))?;
         Ok(found)
     }
 

@@ -120,7 +120,7 @@ where
 /// The innermost cause: the outer layers only say that a request failed.
 pub fn brief(error: &(dyn Error + 'static)) -> String {
     if let Some(sentence) = STORE.explain(error) {
-        return sentence;
+        return sentence.to_string();
     }
     let mut cause = error;
     while let Some(inner) = cause.source() {

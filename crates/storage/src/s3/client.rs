@@ -18,6 +18,7 @@ use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
 use aws_smithy_http_client::{Builder, ConnectorBuilder};
 
 use angler_tls::{STORE, TlsError, system_has_authorities};
+use angler_wire::text::chain;
 
 use super::S3Options;
 use super::answers::lacks_credentials;
@@ -102,7 +103,9 @@ impl Clients {
         }
         match client(options).await {
             Ok(client) => *self.current() = Made { client, at: Instant::now() },
-            Err(error) => tracing::warn!("cannot read the store's credentials again: {error}"),
+            Err(error) => {
+                tracing::warn!("cannot read the store's credentials again: {}", chain(&error))
+            }
         }
     }
 
@@ -155,7 +158,7 @@ fn http_client(ca_file: &Path) -> Result<SharedHttpClient, TlsError> {
     let trusted =
         TrustStore::empty().with_native_roots(system_has_authorities()).with_pem_certificate(pem);
     let context = TlsContext::builder().with_trust_store(trusted).build();
-    let context = context.map_err(|e| STORE.refused(ca_file, &e.to_string()))?;
+    let context = context.map_err(|e| STORE.refused(ca_file, e.into()))?;
     Ok(Builder::new().build_with_connector_fn(move |settings, components| {
         let mut connector = ConnectorBuilder::default()
             .tls_provider(Provider::Rustls(CryptoMode::AwsLc))

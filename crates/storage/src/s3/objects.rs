@@ -164,10 +164,8 @@ impl S3Objects {
         let bytes = entry.size().and_then(|bytes| u64::try_from(bytes).ok());
         let (Some(key), Some(bytes), Some(modified)) = (entry.key(), bytes, modified) else {
             let message = "the store listed an object without its key, size or time";
-            return Err(ObjectError::Unavailable(format!(
-                "s3://{}/{folder}: {message}",
-                self.root.bucket
-            )));
+            let reason = format!("s3://{}/{folder}: {message}", self.root.bucket);
+            return Err(ObjectError::Unavailable(reason.into()));
         };
         let name = key.strip_prefix(folder).filter(|name| is_listed(name));
         Ok(name.map(|name| Listed::Object { name: name.to_owned(), bytes, modified }))
@@ -178,7 +176,7 @@ impl S3Objects {
     }
 
     fn unavailable(&self, key: &str, reason: &str) -> ObjectError {
-        ObjectError::Unavailable(format!("{}: {reason}", self.place(key)))
+        ObjectError::Unavailable(format!("{}: {reason}", self.place(key)).into())
     }
 }
 

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use angler_vectors::ClassesError;
 use angler_wire::control::{Refused, SetStatus};
+use angler_wire::text::chain;
 
 use super::holds;
 use crate::class_sets::load::Loaded;
@@ -125,7 +126,7 @@ impl Set {
     }
 
     pub fn refuse(&self, version: Option<String>, error: &ClassesError, poll: Duration) {
-        let reason = error.to_string();
+        let reason = chain(error);
         let mut seen = self.seen();
         match seen.serving.as_ref().map(|s| s.classes.version().to_owned()) {
             Some(serving) => {

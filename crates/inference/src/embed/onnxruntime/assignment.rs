@@ -14,6 +14,8 @@ use ort::AsPointer;
 use ort::session::Session;
 use ort::sys::{OrtEpAssignedNode, OrtEpAssignedSubgraph, OrtStatusPtr};
 
+use angler_wire::error::Reason;
+
 /// The configuration entry of a session, to be "1", without which nothing is recorded.
 pub(super) const RECORD: &str = "session.record_ep_graph_assignment_info";
 
@@ -64,7 +66,7 @@ impl Assignment {
     ///
     /// # Errors
     /// If ONNX Runtime tells nothing.
-    pub fn of(session: &Session) -> Result<Self, String> {
+    pub fn of(session: &Session) -> Result<Self, Reason> {
         let api = ort::api();
         let (mut subgraphs, mut count) = (ptr::null(), 0);
         // SAFETY: the session is alive, and owns what it lends here for as long as it lives.
@@ -97,7 +99,7 @@ impl Assignment {
             }
         }
         match providers.is_empty() {
-            true => Err("ONNX Runtime does not say which provider executes".to_owned()),
+            true => Err("ONNX Runtime does not say which provider executes".into()),
             false => Ok(Self(providers)),
         }
     }
@@ -106,7 +108,7 @@ impl Assignment {
     ///
     /// # Errors
     /// What the CPU would have to execute.
-    pub fn check(&self, provider: &str) -> Result<(), String> {
+    pub fn check(&self, provider: &str) -> Result<(), Reason> {
         let on_the_cpu = self.0.get(CPU).into_iter().flatten();
         let computed: Vec<String> = on_the_cpu
             .filter(|(operator, _)| !SHAPES.contains(&operator.as_str()))
@@ -114,11 +116,12 @@ impl Assignment {
             .collect();
         if provider != CPU && !computed.is_empty() {
             let computed = computed.join(", ");
-            return Err(format!("{provider} leaves nodes of the model to the CPU: {computed}"));
+            let reason = format!("{provider} leaves nodes of the model to the CPU: {computed}");
+            return Err(reason.into());
         }
         match self.0.contains_key(provider) {
             true => Ok(()),
-            false => Err(format!("{provider} executes nothing: {self}")),
+            false => Err(format!("{provider} executes nothing: {self}").into()),
         }
     }
 }
@@ -140,7 +143,7 @@ const CPU: &str = "CPUExecutionProvider";
 ///
 /// # Safety
 /// The status is ONNX Runtime's and was not released.
-unsafe fn told(status: OrtStatusPtr) -> Result<(), String> {
+unsafe fn told(status: OrtStatusPtr) -> Result<(), Reason> {
     if status.0.is_null() {
         return Ok(());
     }
@@ -149,7 +152,7 @@ unsafe fn told(status: OrtStatusPtr) -> Result<(), String> {
     unsafe {
         let message = text((api.GetErrorMessage)(status.0));
         (api.ReleaseStatus)(status.0);
-        Err(message)
+        Err(message.into())
     }
 }
 
@@ -191,7 +194,7 @@ mod tests {
     #[test]
     fn a_gpu_that_leaves_only_shapes_to_the_cpu_is_a_gpu() {
         let found = assignment(&[(CUDA, "Conv", 50), (CUDA, "Add", 9), (CPU, "Shape", 2)]);
-        assert_eq!(found.check(CUDA), Ok(()));
+        found.check(CUDA).unwrap();
         assert_eq!(
             found.to_string(),
             "2 nodes on CPUExecutionProvider, 59 nodes on CUDAExecutionProvider"
@@ -201,15 +204,15 @@ mod tests {
     #[test]
     fn what_computes_on_the_cpu_is_named() {
         let found = assignment(&[(CUDA, "Conv", 50), (CPU, "Gemm", 1), (CPU, "TopK", 1)]);
-        let reason = found.check(CUDA).unwrap_err();
+        let reason = found.check(CUDA).unwrap_err().to_string();
         let wanted = "CUDAExecutionProvider leaves nodes of the model to the CPU: 1 Gemm, 1 TopK";
         assert_eq!(reason, wanted);
         let int8 = [(CUDA, "Conv", 50), (CPU, "QuantizeLinear", 90), (CPU, "Gather", 1)];
-        let reason = assignment(&int8).check(CUDA).unwrap_err();
+        let reason = assignment(&int8).check(CUDA).unwrap_err().to_string();
         assert!(reason.ends_with("to the CPU: 90 QuantizeLinear"), "{reason}");
         let found = assignment(&[(CPU, "Shape", 2)]);
-        let reason = found.check(CUDA).unwrap_err();
+        let reason = found.check(CUDA).unwrap_err().to_string();
         assert!(reason.starts_with("CUDAExecutionProvider executes nothing"), "{reason}");
-        assert_eq!(assignment(&[(CPU, "Conv", 2)]).check(CPU), Ok(()));
+        assignment(&[(CPU, "Conv", 2)]).check(CPU).unwrap();
     }
 }

@@ -16,6 +16,7 @@ use ort::value::Tensor;
 
 use angler_vectors::ClassVectors;
 use angler_vectors::matrix::{RowClasses, unit_rows};
+use angler_wire::error::Reason;
 
 use super::super::{Against, ClassMemory, EmbedError, Scores, embeddings};
 use super::{Provider, failed};
@@ -185,18 +186,17 @@ impl Lists<'_> {
 }
 
 /// Copies a version to where it is multiplied.
-fn prepare(classes: &ClassVectors, gpu: Option<i32>) -> Result<Version, String> {
+fn prepare(classes: &ClassVectors, gpu: Option<i32>) -> Result<Version, Reason> {
     let (values, rows) = unit_rows(classes);
     if rows.needed(2) > MOST_ROWS {
-        return Err(format!(
-            "a class has {} vectors, and lists are of {MOST_ROWS} at most",
-            rows.needed(2) - 1
-        ));
+        let most = rows.needed(2) - 1;
+        return Err(
+            format!("a class has {most} vectors, and lists are of {MOST_ROWS} at most").into()
+        );
     }
-    let matrix =
-        Tensor::from_array(([rows.rows(), classes.dim()], values)).map_err(|e| e.to_string())?;
+    let matrix = Tensor::from_array(([rows.rows(), classes.dim()], values)).map_err(Reason::of)?;
     let matrix = match gpu {
-        Some(device) => matrix.to(AllocationDevice::CUDA, device).map_err(|e| e.to_string())?,
+        Some(device) => matrix.to(AllocationDevice::CUDA, device).map_err(Reason::of)?,
         None => matrix,
     };
     Ok(Version { matrix, rows })

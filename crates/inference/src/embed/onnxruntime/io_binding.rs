@@ -12,6 +12,8 @@ use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, Memory
 use ort::session::{IoBinding, Session, SessionOutputs};
 use ort::value::Tensor;
 
+use angler_wire::error::Reason;
+
 use super::super::EmbedError;
 use super::failed;
 use crate::model::PIXELS_INPUT;
@@ -63,7 +65,7 @@ impl Calls {
         let Call { pixels: bound, binding, .. } = &mut self.calls[at];
         let (_, values) = bound.try_extract_tensor_mut::<u8>().map_err(failed)?;
         let mut to = ArrayViewMut4::from_shape(pixels.dim(), values)
-            .map_err(|e| EmbedError::Batch(format!("pixels do not fit their tensor: {e}")))?;
+            .map_err(|e| EmbedError::Batch(Reason::new("pixels do not fit their tensor", e)))?;
         to.assign(&pixels);
         bind(binding, bound, classes, outputs).map_err(failed)?;
         session.run_binding(binding).map_err(failed)
