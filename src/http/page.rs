@@ -8,10 +8,10 @@ use std::sync::LazyLock;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-const PAGE: &str = include_str!("page.html");
 /// Colours and type are those of the pages that commands write.
 const STYLE: &str =
     concat!(include_str!("../../crates/report/src/base.css"), include_str!("page.css"));
@@ -38,19 +38,76 @@ pub(super) fn html(status: &Value) -> String {
     let state = status.to_string().replace('<', "\\u003c");
     // Without a script it is shown as it is.
     let plain = serde_json::to_string_pretty(status).unwrap_or_default();
-    let plain = plain.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-    // Each mark is there once, and the last is replaced first: state may hold the marks' text.
-    let parts = [("<!--plain-->", plain.as_str()), ("<!--state-->", &state)];
-    let mut html = PAGE.replacen("/*style*/", STYLE, 1).replacen("/*script*/", SCRIPT, 1);
-    let mut places: Vec<(usize, &str, &str)> = parts
-        .iter()
-        .filter_map(|(mark, text)| html.find(mark).map(|at| (at, *mark, *text)))
-        .collect();
-    places.sort_by_key(|(at, ..)| std::cmp::Reverse(*at));
-    for (at, mark, text) in places {
-        html.replace_range(at..at + mark.len(), text);
+    let html = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                meta name="color-scheme" content="light dark";
+                link rel="icon" href="data:,";
+                title { "angler worker" }
+                style { (PreEscaped(STYLE)) }
+            }
+            body {
+                header {
+                    h1 { "angler " span #worker { "worker" } }
+                    p #state .state role="status" {}
+                    p #why .why {}
+                }
+                noscript {
+                    p { "Without JavaScript: the state when this page was loaded." }
+                    pre { (plain) }
+                }
+                (sections())
+                footer {
+                    @for link in ["/status", "/metrics", "/readyz", "/livez"] {
+                        a href=(link) { (link) } " "
+                    }
+                    span #fresh {}
+                }
+                script #now type="application/json" { (PreEscaped(state)) }
+                script { (PreEscaped(SCRIPT)) }
+            }
+        }
+    };
+    html.into_string()
+}
+
+/// The places that the script fills.
+fn sections() -> Markup {
+    let listed = |heading: &str, what: &str| {
+        html! {
+            section {
+                h2 { (heading) }
+                p.note id={ "no-" (what) } hidden {}
+                ul.list id=(what) {}
+            }
+        }
+    };
+    html! {
+        main #main hidden {
+            dl #facts .facts {}
+            div.halves {
+                section {
+                    h2 { "Where images spend their time" }
+                    p #waits .note {}
+                    dl #steps .bars {}
+                }
+                section {
+                    h2 { "Batches" }
+                    p #fill .note {}
+                    dl #batches .bars {}
+                }
+            }
+            (listed("Class vectors served", "classes"))
+            (listed("Last errors", "errors"))
+            section {
+                h2 { "What runs" }
+                dl #about .about {}
+            }
+        }
     }
-    html
 }
 
 #[cfg(test)]
@@ -68,7 +125,6 @@ mod tests {
         let state = page.split("type=\"application/json\">").nth(1).unwrap();
         let state: Value = serde_json::from_str(state.split("</script>").next().unwrap()).unwrap();
         assert_eq!(state["errors"][0]["message"], nasty);
-        assert!(!page.contains("/*style*/") && !page.contains("/*script*/"));
     }
 
     #[test]

@@ -6,8 +6,10 @@
 use std::fmt::Write;
 
 use angler_wire::text::cut;
+use maud::{Markup, html};
 
-use super::{Html, count, escape};
+use super::svg::{no_values, plot, swatch, wide};
+use super::{Html, count};
 
 /// Pixels of a row's name, of a bar and of what is between rows.
 const NAME: u32 = 20;
@@ -40,53 +42,44 @@ pub struct Bar {
 
 /// Values of several series, not below zero, by rows. `unit` is what they are measured in.
 pub fn bars(title: &str, unit: &str, series: &[&str], rows: &[Bar], shape: Shape) -> Html {
-    let mut html = format!("<figure class=\"bars\">\n<figcaption>{}", escape(title));
-    let _ = write!(html, " <small>{}</small><ul class=\"legend\">", escape(unit));
-    for (i, name) in series.iter().enumerate() {
-        let _ = write!(
-            html,
-            "<li><svg class=\"swatch\" aria-hidden=\"true\"><rect class=\"{}\" width=\"100%\" \
-             height=\"100%\"/></svg>{}</li>",
-            class(i, shape),
-            escape(name)
-        );
-    }
-    html.push_str("</ul></figcaption>\n");
     let shown = &rows[..rows.len().min(ROWS)];
     let longest = shown.iter().map(|row| length(row, shape)).fold(0.0, f64::max);
-    if longest <= 0.0 {
-        html.push_str("<p class=\"note\">There are no values to show.</p>\n</figure>\n");
-        return Html(html);
-    }
+    Html(html! {
+        figure.bars {
+            figcaption {
+                (title) " " small { (unit) }
+                ul.legend {
+                    @for (i, name) in series.iter().enumerate() {
+                        li { (swatch(&class(i, shape))) (name) }
+                    }
+                }
+            }
+            @if longest > 0.0 {
+                (chart(&describe(title, unit, series, shown), series, shown, shape, longest))
+                @if rows.len() > ROWS { p.note { "… and " (rows.len() - ROWS) " more" } }
+            } @else {
+                (no_values())
+            }
+        }
+    })
+}
+
+fn chart(label: &str, series: &[&str], rows: &[Bar], shape: Shape, longest: f64) -> Markup {
     let tall = match shape {
         Shape::Beside => BAR * series.len().max(1) as u32,
         Shape::Stacked => BAR,
     };
-    let height = (NAME + tall + GAP) * shown.len() as u32;
-    let label = escape(&describe(title, unit, series, shown));
-    let _ = writeln!(
-        html,
-        "<svg class=\"plot\" role=\"img\" aria-label=\"{label}\" width=\"100%\" height=\"{height}\">"
-    );
-    for (number, row) in shown.iter().enumerate() {
-        let top = (NAME + tall + GAP) * number as u32;
-        let _ = writeln!(
-            html,
-            "<text class=\"label\" y=\"{}\">{}</text>",
-            top + NAME - 6,
-            escape(&cut(&row.name, NAME_CHARS))
-        );
-        match shape {
-            Shape::Beside => beside(&mut html, series, row, top + NAME, longest),
-            Shape::Stacked => stacked(&mut html, series, row, top + NAME, longest),
+    let step = NAME + tall + GAP;
+    let parts = html! {
+        @for (row, top) in rows.iter().zip((0..).map(|number| step * number)) {
+            text.label y=(top + NAME - 6) { (cut(&row.name, NAME_CHARS)) }
+            @match shape {
+                Shape::Beside => (beside(series, row, top + NAME, longest)),
+                Shape::Stacked => (stacked(series, row, top + NAME, longest)),
+            }
         }
-    }
-    html.push_str("</svg>\n");
-    if rows.len() > ROWS {
-        let _ = writeln!(html, "<p class=\"note\">… and {} more</p>", rows.len() - ROWS);
-    }
-    html.push_str("</figure>\n");
-    Html(html)
+    };
+    plot(label, step * rows.len() as u32, &parts)
 }
 
 /// The first two of bars beside each other differ as elsewhere; the parts of one bar are told apart by
@@ -111,43 +104,42 @@ fn length(row: &Bar, shape: Shape) -> f64 {
     }
 }
 
-fn beside(html: &mut String, series: &[&str], row: &Bar, top: u32, longest: f64) {
-    for (i, value) in row.values.iter().enumerate() {
-        let Some(value) = known(*value) else { continue };
-        let y = top + BAR * i as u32;
-        let width = value / longest * LONGEST;
-        let name = escape(series.get(i).copied().unwrap_or_default());
-        let _ = writeln!(
-            html,
-            "<rect class=\"{}\" y=\"{y}\" width=\"{width:.2}%\" height=\"{}\"><title>{name}: {}</title></rect>\
-             <text x=\"{width:.2}%\" dx=\"6\" y=\"{}\">{}</text>",
-            class(i, Shape::Beside),
-            BAR - 3,
-            escape(&number(value)),
-            y + 11,
-            escape(&number(value))
-        );
+fn beside(series: &[&str], row: &Bar, top: u32, longest: f64) -> Markup {
+    html! {
+        @for (i, value) in row.values.iter().enumerate() {
+            @if let Some(value) = known(*value) {
+                @let (y, width) = (top + BAR * i as u32, wide(value / longest * LONGEST));
+                rect class=(class(i, Shape::Beside)) y=(y) width=(width) height=(BAR - 3) {
+                    title { (series.get(i).copied().unwrap_or_default()) ": " (number(value)) }
+                }
+                text x=(width) dx="6" y=(y + 11) { (number(value)) }
+            }
+        }
     }
 }
 
-fn stacked(html: &mut String, series: &[&str], row: &Bar, top: u32, longest: f64) {
-    let mut x = 0.0;
-    for (i, value) in row.values.iter().enumerate() {
-        let Some(value) = known(*value) else { continue };
-        let width = value / longest * LONGEST;
-        let name = escape(series.get(i).copied().unwrap_or_default());
-        let _ = writeln!(
-            html,
-            "<rect class=\"{}\" x=\"{x:.2}%\" y=\"{top}\" width=\"{width:.2}%\" height=\"{}\">\
-             <title>{name}: {}</title></rect>",
-            class(i, Shape::Stacked),
-            BAR - 3,
-            escape(&number(value))
-        );
-        x += width;
+fn stacked(series: &[&str], row: &Bar, top: u32, longest: f64) -> Markup {
+    let mut end = 0.0;
+    let parts: Vec<_> = row
+        .values
+        .iter()
+        .enumerate()
+        .filter_map(|(i, value)| {
+            let value = known(*value)?;
+            let (start, width) = (end, value / longest * LONGEST);
+            end += width;
+            Some((i, value, start, width))
+        })
+        .collect();
+    html! {
+        @for (i, value, start, width) in parts {
+            rect class=(class(i, Shape::Stacked)) x=(wide(start)) y=(top) width=(wide(width))
+                height=(BAR - 3) {
+                title { (series.get(i).copied().unwrap_or_default()) ": " (number(value)) }
+            }
+        }
+        text x=(wide(end)) dx="6" y=(top + 11) { (number(length(row, Shape::Stacked))) }
     }
-    let sum = escape(&number(length(row, Shape::Stacked)));
-    let _ = writeln!(html, "<text x=\"{x:.2}%\" dx=\"6\" y=\"{}\">{sum}</text>", top + 11);
 }
 
 /// Three digits that count.

@@ -5,9 +5,10 @@
 //! with its images and the share that is right, so the shades need no measuring.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write;
 
-use super::{Html, count, escape, note, percent};
+use maud::{Markup, html};
+
+use super::{Html, count, note, percent};
 
 /// The most classes shown: more cells than that are wallpaper.
 const CLASSES: usize = 40;
@@ -30,40 +31,29 @@ pub fn confusion(rows: &[String], columns: &[String], counts: &[(usize, usize, u
         return note("There are no classes to show.");
     }
     let matrix = Matrix::new(rows, columns, counts);
-    let dense = if matrix.columns.len() > DENSE { " dense" } else { "" };
-    let mut html = format!(
-        "<div class=\"scroll tall\" tabindex=\"0\"><table class=\"matrix{dense}\">\n<thead><tr>\
-         <th class=\"corner\"><span>true class</span><span>given label</span></th>",
-    );
     let rest = matrix.has_rest.then_some("other classes");
     let heads = matrix.columns.iter().map(|c| columns[*c].as_str()).chain(rest);
-    for head in heads.clone() {
-        let (head, brief) = (escape(head), escape(&brief(head)));
-        let _ = write!(html, "<th scope=\"col\" title=\"{head}\"><span>{brief}</span></th>");
-    }
-    html.push_str(
-        "<th scope=\"col\" class=\"sum\"><span>images</span></th>\
-         <th scope=\"col\" class=\"sum\"><span>right</span></th></tr></thead>\n<tbody>\n",
-    );
-    for row in &matrix.rows {
-        let (label, brief) = (escape(&rows[*row]), escape(&brief(&rows[*row])));
-        let _ = write!(html, "<tr><th scope=\"row\" title=\"{label}\"><span>{brief}</span></th>");
-        let total = matrix.totals[*row];
-        for (place, head) in heads.clone().enumerate() {
-            let diagonal = place < matrix.columns.len() && head == rows[*row];
-            let images = matrix.cells.get(&(*row, place)).copied().unwrap_or_default();
-            cell(&mut html, &label, head, images, total, diagonal);
+    let html = Html(html! {
+        div.scroll.tall tabindex="0" {
+            table.matrix.dense[matrix.columns.len() > DENSE] {
+                thead {
+                    tr {
+                        th.corner { span { "true class" } span { "given label" } }
+                        @for head in heads.clone() {
+                            th scope="col" title=(head) { span { (brief(head)) } }
+                        }
+                        th.sum scope="col" { span { "images" } }
+                        th.sum scope="col" { span { "right" } }
+                    }
+                }
+                tbody {
+                    @for row in &matrix.rows { (matrix.row(*row, &rows[*row], heads.clone())) }
+                }
+            }
         }
-        let right = percent(matrix.right[*row] as f64 / total as f64);
-        let total = count(total);
-        let _ = writeln!(html, "<td class=\"sum\">{total}</td><td class=\"sum\">{right}</td></tr>");
-    }
-    html.push_str("</tbody></table></div>\n");
-    let mut html = Html(html);
-    if let Some(text) = matrix.left_out(rows.len(), columns.len()) {
-        html = html.and(note(&text));
-    }
-    html.and(note(
+    });
+    let left_out = matrix.left_out(rows.len(), columns.len()).map(|text| note(&text));
+    html.and(left_out.unwrap_or_default()).and(note(
         "A row is a true class, a column the label that its images got. Shade: share of the row; \
          errors are shaded more strongly, so that single ones show.",
     ))
@@ -81,24 +71,20 @@ fn brief(label: &str) -> String {
     first.chain(['…']).chain(label.chars().skip(length - end)).collect()
 }
 
-/// One cell; `truth` is escaped already.
-fn cell(html: &mut String, truth: &str, given: &str, images: u64, total: u64, diagonal: bool) {
+fn cell(truth: &str, given: &str, images: u64, total: u64, diagonal: bool) -> Markup {
     if images == 0 {
-        html.push_str(if diagonal { "<td class=\"good\">0</td>" } else { "<td></td>" });
-        return;
+        return html! { @if diagonal { td.good { "0" } } @else { td {} } };
     }
     let share = images as f64 / total.max(1) as f64;
     let (class, strength) = if diagonal { ("good", share) } else { ("bad", share.sqrt()) };
     let shade = (strength * SHADES).ceil().clamp(1.0, SHADES);
-    let _ = write!(
-        html,
-        "<td class=\"{class} s{shade}\" title=\"{truth} → {}: {} of {} ({})\">{}</td>",
-        escape(given),
-        count(images),
-        count(total),
-        percent(share),
-        count(images)
-    );
+    let (images, total, share) = (count(images), count(total), percent(share));
+    html! {
+        td class={ (class) " s" (shade as u8) }
+            title={ (truth) " → " (given) ": " (images) " of " (total) " (" (share) ")" } {
+            (images)
+        }
+    }
 }
 
 /// What is shown, and sums over everything.
@@ -146,6 +132,23 @@ impl Matrix {
         }
         let has_rest = shown_columns.len() < columns.len();
         Self { rows: shown_rows, columns: shown_columns, has_rest, cells, totals, right }
+    }
+
+    /// Draws the row at this index, whose class is `label`, under these heads.
+    fn row<'a>(&self, row: usize, label: &str, heads: impl Iterator<Item = &'a str>) -> Markup {
+        let (total, right) = (self.totals[row], self.right[row]);
+        html! {
+            tr {
+                th scope="row" title=(label) { span { (brief(label)) } }
+                @for (place, head) in heads.enumerate() {
+                    @let diagonal = place < self.columns.len() && head == label;
+                    @let images = self.cells.get(&(row, place)).copied().unwrap_or_default();
+                    (cell(label, head, images, total, diagonal))
+                }
+                td.sum { (count(total)) }
+                td.sum { (percent(right as f64 / total as f64)) }
+            }
+        }
     }
 
     /// What the picture does not show, in a sentence.

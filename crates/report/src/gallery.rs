@@ -1,11 +1,11 @@
 //! Pictures with captions, in a grid.
 
-use std::fmt::Write;
-
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-use super::{Html, count, escape, note};
+use maud::{Markup, html};
+
+use super::{Html, count, note};
 
 /// The most cards of a gallery: about 4 MB of thumbnails. Nobody looks at more.
 const CARDS: usize = 500;
@@ -39,50 +39,39 @@ pub struct Card {
 /// The cards, as many side by side as there is room for. Of more than 500 the first are shown, and a
 /// note says how many more there are: put first what must be seen.
 pub fn gallery(cards: &[Card]) -> Html {
-    let mut html = String::from("<ul class=\"gallery\">\n");
-    for card in cards.iter().take(CARDS) {
-        one(&mut html, card);
+    let html = Html(html! {
+        ul.gallery { @for card in cards.iter().take(CARDS) { (one(card)) } }
+    });
+    match cards.len().saturating_sub(CARDS) {
+        0 => html,
+        more => html.and(note(&format!("… and {} more", count(more as u64)))),
     }
-    html.push_str("</ul>\n");
-    let more = cards.len().saturating_sub(CARDS);
-    if more > 0 {
-        return Html(html).and(note(&format!("… and {} more", count(more as u64))));
-    }
-    Html(html)
 }
 
-fn one(html: &mut String, card: &Card) {
+fn one(card: &Card) -> Markup {
     let class: &str = card.tone.into();
     let (folder, name) = parts(&card.uri);
-    let (uri, folder, name) = (escape(&card.uri), escape(folder), escape(name));
-    let _ = write!(html, "<li class=\"{class}\">");
-    match &card.thumbnail {
-        Ok(jpeg) => {
-            let data = STANDARD.encode(jpeg);
-            let _ = write!(
-                html,
-                "<div class=\"picture\"><img alt=\"{name}\" decoding=\"async\" \
-                 src=\"data:image/jpeg;base64,{data}\"></div>"
-            );
-        }
-        Err(why) => {
-            let _ = write!(html, "<div class=\"picture none\"><p>{}</p></div>", escape(why));
+    html! {
+        li class=(class) {
+            @match &card.thumbnail {
+                Ok(jpeg) => {
+                    div.picture {
+                        img alt=(name) decoding="async"
+                            src={ "data:image/jpeg;base64," (STANDARD.encode(jpeg)) };
+                    }
+                }
+                Err(why) => { div.picture.none { p { (why) } } }
+            }
+            p.uri title=(card.uri) { b { (name) } " " span { (folder) } }
+            @if !card.lines.is_empty() {
+                dl {
+                    @for (label, value) in &card.lines {
+                        div title={ (label) ": " (value) } { dt { (label) } dd { (value) } }
+                    }
+                }
+            }
         }
     }
-    let _ =
-        write!(html, "<p class=\"uri\" title=\"{uri}\"><b>{name}</b> <span>{folder}</span></p>");
-    if !card.lines.is_empty() {
-        html.push_str("<dl>");
-        for (label, value) in &card.lines {
-            let (label, value) = (escape(label), escape(value));
-            let _ = write!(
-                html,
-                "<div title=\"{label}: {value}\"><dt>{label}</dt><dd>{value}</dd></div>"
-            );
-        }
-        html.push_str("</dl>");
-    }
-    html.push_str("</li>\n");
 }
 
 /// A URI as folder and name: the name is what tells images of one folder apart.

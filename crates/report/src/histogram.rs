@@ -9,8 +9,10 @@
 use std::fmt::Write;
 
 use angler_wire::text::cut;
+use maud::{Markup, html};
 
-use super::{Html, count, escape, percent};
+use super::svg::{no_values, plot, swatch, wide};
+use super::{Html, count, percent};
 
 /// Pixels above the plot, for the marker's label.
 const TOP: u32 = 22;
@@ -61,57 +63,61 @@ pub fn histogram(
     range: (f32, f32),
     marker: Option<(f32, &str)>,
 ) -> Html {
-    let (low, high) = (f64::from(range.0), f64::from(range.1));
-    let mut html = format!("<figure class=\"histogram\">\n<figcaption>{}", escape(title));
-    html.push_str("<ul class=\"legend\">");
-    for (i, one) in series.iter().enumerate() {
-        let (name, total) = (escape(&one.name), count(one.total()));
-        let class = class(i);
-        let _ = write!(
-            html,
-            "<li><svg class=\"swatch\" aria-hidden=\"true\"><rect class=\"{class}\" \
-             width=\"100%\" height=\"100%\"/></svg>{name} <small>{total}</small></li>"
-        );
-    }
-    html.push_str("</ul></figcaption>\n");
+    let axis = Axis { low: range.0.into(), span: f64::from(range.1) - f64::from(range.0) };
     let highest = series.iter().map(|s| s.peak().1).fold(0.0, f64::max);
-    let span = high - low;
-    if highest == 0.0 || !span.is_finite() || span <= 0.0 {
-        html.push_str("<p class=\"note\">There are no values to show.</p>\n</figure>\n");
-        return Html(html);
-    }
-    let axis = Axis { low, span };
+    let is_empty = highest == 0.0 || !axis.span.is_finite() || axis.span <= 0.0;
     let marker = marker.filter(|(value, _)| value.is_finite());
-    let height = TOP + PLOT + BOTTOM;
-    let label = escape(&describe(title, axis_label, series, &axis, marker));
-    let _ = writeln!(
-        html,
-        "<svg class=\"plot\" role=\"img\" aria-label=\"{label}\" width=\"100%\" height=\"{height}\">"
-    );
+    Html(html! {
+        figure.histogram {
+            figcaption {
+                (title)
+                ul.legend {
+                    @for (i, one) in series.iter().enumerate() {
+                        li { (swatch(class(i))) (one.name) " " small { (count(one.total())) } }
+                    }
+                }
+            }
+            @if is_empty {
+                (no_values())
+            } @else {
+                @let label = describe(title, axis_label, series, &axis, marker);
+                @let parts = chart(axis_label, series, &axis, highest, marker);
+                (plot(&label, TOP + PLOT + BOTTOM, &parts))
+                p.note { "Height: share of each kind's values." }
+            }
+        }
+    })
+}
+
+/// The grid, the bars, the axis and what a pointer reads; `highest` is the largest share of a bin.
+fn chart(
+    axis_label: &str,
+    series: &[Series],
+    axis: &Axis,
+    highest: f64,
+    marker: Option<(f32, &str)>,
+) -> Markup {
     let step = nice_step(highest, 4.0);
     let top = (highest / step).ceil() * step;
-    let lines: Vec<f64> = (1..).map(|i| f64::from(i) * step).take_while(|s| *s <= top).collect();
-    let y_of = |share: f64| f64::from(TOP) + (1.0 - share / top) * f64::from(PLOT);
-    for share in &lines {
-        let y = y_of(*share);
-        let _ = writeln!(html, "<line class=\"grid\" x2=\"100%\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>");
+    let shares = (1..).map(|i| f64::from(i) * step).take_while(|share| *share <= top);
+    let lines: Vec<(f64, f64)> = shares
+        .map(|share| (share, f64::from(TOP) + (1.0 - share / top) * f64::from(PLOT)))
+        .collect();
+    html! {
+        @for (_, y) in &lines {
+            @let y = format!("{y:.1}");
+            line.grid x2="100%" y1=(y) y2=(y) {}
+        }
+        @for (i, one) in series.iter().enumerate() { (bars(one, class(i), top, (TOP, PLOT))) }
+        @for (share, y) in &lines {
+            text.scale y=(format_args!("{:.1}", y - 4.0)) {
+                (number(share * 100.0, step * 100.0)) "%"
+            }
+        }
+        (ticks(axis_label, axis, TOP + PLOT))
+        (tips(series, axis))
+        @if let Some((value, label)) = marker { (mark(axis, value, label)) }
     }
-    for (i, one) in series.iter().enumerate() {
-        bars(&mut html, one, class(i), top, (TOP, PLOT));
-    }
-    for share in &lines {
-        let (y, text) = (y_of(*share) - 4.0, number(share * 100.0, step * 100.0));
-        let _ = writeln!(html, "<text class=\"scale\" y=\"{y:.1}\">{text}%</text>");
-    }
-    ticks(&mut html, axis_label, &axis, TOP + PLOT);
-    tips(&mut html, series, &axis);
-    if let Some((value, label)) = marker {
-        mark(&mut html, &axis, value, label);
-    }
-    html.push_str(
-        "</svg>\n<p class=\"note\">Height: share of each kind's values.</p>\n</figure>\n",
-    );
-    Html(html)
 }
 
 fn class(series: usize) -> &'static str {
@@ -143,7 +149,7 @@ impl Axis {
 
 /// The outline of a series' bars, filled. Empty bins have none: it would cover the axis.
 /// `top` is the share at the upper end of the place, which is a y and a height in pixels.
-pub(super) fn bars(html: &mut String, series: &Series, class: &str, top: f64, place: (u32, u32)) {
+pub(super) fn bars(series: &Series, class: &str, top: f64, place: (u32, u32)) -> Markup {
     let mut path = String::new();
     let mut open = false;
     for (bin, part) in series.bins.iter().enumerate() {
@@ -160,77 +166,61 @@ pub(super) fn bars(html: &mut String, series: &Series, class: &str, top: f64, pl
         let _ = write!(path, "V{FULL}Z");
     }
     let (y, height) = place;
-    let _ = writeln!(
-        html,
-        "<svg y=\"{y}\" width=\"100%\" height=\"{height}\" viewBox=\"0 0 {} {FULL}\" \
-         preserveAspectRatio=\"none\"><path class=\"{class}\" d=\"{path}\"/></svg>",
-        series.bins.len().max(1)
-    );
+    let bins = series.bins.len().max(1);
+    html! {
+        svg y=(y) width="100%" height=(height) viewBox=(format_args!("0 0 {bins} {FULL}"))
+            preserveAspectRatio="none" {
+            path class=(class) d=(path) {}
+        }
+    }
 }
 
 /// The axis at `floor` pixels, with its numbers and its name in the [`BOTTOM`] pixels below.
-pub(super) fn ticks(html: &mut String, axis_label: &str, axis: &Axis, floor: u32) {
-    let _ = writeln!(html, "<line class=\"axis\" x2=\"100%\" y1=\"{floor}\" y2=\"{floor}\"/>");
+pub(super) fn ticks(axis_label: &str, axis: &Axis, floor: u32) -> Markup {
     let step = nice_step(axis.span, 6.0);
     // Half a thousandth of a step forgives what f32 lost of the ends.
     let first = (axis.low / step - 0.0005).ceil() as i64;
     let last = ((axis.low + axis.span) / step + 0.0005).floor() as i64;
-    for i in first..=last {
-        let value = i as f64 * step;
-        let x = axis.x(value);
-        let _ = writeln!(
-            html,
-            "<line class=\"axis\" x1=\"{x:.2}%\" x2=\"{x:.2}%\" y1=\"{floor}\" y2=\"{}\"/>\
-             <text x=\"{x:.2}%\" y=\"{}\" text-anchor=\"{}\">{}</text>",
-            floor + 4,
-            floor + 18,
-            anchor(x, 4.0),
-            number(value, step)
-        );
+    html! {
+        line.axis x2="100%" y1=(floor) y2=(floor) {}
+        @for value in (first..=last).map(|i| i as f64 * step) {
+            @let at = axis.x(value);
+            @let x = wide(at);
+            line.axis x1=(x) x2=(x) y1=(floor) y2=(floor + 4) {}
+            text x=(x) y=(floor + 18) text-anchor=(anchor(at, 4.0)) { (number(value, step)) }
+        }
+        text.label x="50%" y=(floor + 35) text-anchor="middle" { (axis_label) }
     }
-    let _ = writeln!(
-        html,
-        "<text class=\"label\" x=\"50%\" y=\"{}\" text-anchor=\"middle\">{}</text>",
-        floor + 35,
-        escape(axis_label)
-    );
 }
 
 /// What a pointer over a bin reads, if all series have the same bins.
-fn tips(html: &mut String, series: &[Series], axis: &Axis) {
+fn tips(series: &[Series], axis: &Axis) -> Markup {
     let bins = series.iter().map(|s| s.bins.len()).max().unwrap_or_default();
-    if series.iter().any(|s| s.bins.len() != bins) {
-        return;
-    }
+    let is_same = series.iter().all(|s| s.bins.len() == bins);
     let width = 100.0 / bins.max(1) as f64;
-    for bin in 0..bins {
-        let _ = write!(
-            html,
-            "<rect class=\"tip\" x=\"{:.3}%\" y=\"{TOP}\" width=\"{width:.3}%\" height=\"{PLOT}\">\
-             <title>{}",
-            width * bin as f64,
-            axis.bin(bin, bins)
-        );
-        for one in series {
-            let (part, share) = (one.bins.get(bin).copied().unwrap_or_default(), one.share(bin));
-            let _ = write!(html, "\n{}: {} ({})", escape(&one.name), count(part), percent(share));
+    html! {
+        @for bin in 0..if is_same { bins } else { 0 } {
+            rect.tip x=(format_args!("{:.3}%", width * bin as f64)) y=(TOP)
+                width=(format_args!("{width:.3}%")) height=(PLOT) {
+                title {
+                    (axis.bin(bin, bins))
+                    @for one in series {
+                        @let part = one.bins.get(bin).copied().unwrap_or_default();
+                        "\n" (one.name) ": " (count(part)) " (" (percent(one.share(bin))) ")"
+                    }
+                }
+            }
         }
-        html.push_str("</title></rect>\n");
     }
 }
 
-fn mark(html: &mut String, axis: &Axis, value: f32, label: &str) {
-    let x = axis.x(value.into());
-    let _ = writeln!(
-        html,
-        "<line class=\"marker\" x1=\"{x:.2}%\" x2=\"{x:.2}%\" y1=\"{}\" y2=\"{}\"/>\
-         <text class=\"marker\" x=\"{x:.2}%\" y=\"{}\" text-anchor=\"{}\">{}</text>",
-        TOP - 5,
-        TOP + PLOT,
-        TOP - 9,
-        anchor(x, 35.0),
-        escape(&marked(value, label))
-    );
+fn mark(axis: &Axis, value: f32, label: &str) -> Markup {
+    let at = axis.x(value.into());
+    let x = wide(at);
+    html! {
+        line.marker x1=(x) x2=(x) y1=(TOP - 5) y2=(TOP + PLOT) {}
+        text.marker x=(x) y=(TOP - 9) text-anchor=(anchor(at, 35.0)) { (marked(value, label)) }
+    }
 }
 
 /// `threshold 0.35`; a long name is cut.

@@ -5,8 +5,8 @@
 //! kept with a build, opened from a disk without a network, printed; it fits a phone and follows the
 //! reader's choice of light or dark.
 //!
-//! Labels and URIs come from folders and buckets that anybody may have named. Text becomes markup in
-//! one function, [`escape`]; components yield [`Html`], which nothing outside this module can make
+//! Labels and URIs come from folders and buckets that anybody may have named. Markup is written with
+//! `maud`, which escapes text; components return [`Html`], which nothing outside this crate can make
 //! from a string, and a section takes only that. Components are bounded: what is too much to look at
 //! is cut, and the page says so.
 //!
@@ -25,12 +25,15 @@ mod confusion;
 mod gallery;
 mod histogram;
 mod spreads;
+mod svg;
 mod table;
 mod thumbnail;
 
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+
+use maud::{DOCTYPE, Markup, PreEscaped, Render, html};
 
 use angler_wire::error::Reason;
 
@@ -44,7 +47,7 @@ pub use thumbnail::{THUMBNAIL_SIDE, thumbnail};
 
 const STYLE: &str = concat!(include_str!("base.css"), include_str!("page.css"));
 
-/// Nothing is loaded and nothing is run, but for what the page carries: the fence behind [`escape`].
+/// Nothing is loaded and nothing is run, but for what the page carries: the fence behind the escaping.
 const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
                       form-action 'none'; base-uri 'none'";
 
@@ -67,70 +70,69 @@ pub enum PageError {
     Thumbnail(#[source] Reason),
 }
 
-/// Markup that is safe on a page: made by this module's components, all text in it escaped.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Html(String);
+/// Markup that is safe on a page: made by this crate's components, all text in it escaped.
+#[derive(Debug, Clone)]
+pub struct Html(Markup);
 
 impl Html {
     /// This, and `next` below it.
     #[must_use]
-    pub fn and(mut self, next: Self) -> Self {
-        self.0.push_str(&next.0);
-        self
+    pub fn and(self, next: Self) -> Self {
+        Self(html! { (self) (next) })
+    }
+}
+
+impl Default for Html {
+    /// Nothing.
+    fn default() -> Self {
+        Self(html! {})
+    }
+}
+
+impl Render for Html {
+    fn render_to(&self, buffer: &mut String) {
+        self.0.render_to(buffer);
     }
 }
 
 impl fmt::Display for Html {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.0.0)
     }
 }
 
 impl FromIterator<Html> for Html {
     fn from_iter<I: IntoIterator<Item = Html>>(all: I) -> Self {
-        all.into_iter().fold(Self::default(), Self::and)
+        Self(html! { @for one in all { (one) } })
     }
 }
 
-/// Text as it may stand between tags and in quoted attributes.
-///
-/// Characters that cannot be seen or that turn the direction of what follows (controls, bidirectional
-/// embeddings and overrides) become U+FFFD: a name must not look like another, nor rearrange the
-/// words beside it.
-pub fn escape(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len() + text.len() / 8);
-    for c in text.chars() {
-        match c {
-            '&' => safe.push_str("&amp;"),
-            '<' => safe.push_str("&lt;"),
-            '>' => safe.push_str("&gt;"),
-            '"' => safe.push_str("&quot;"),
-            '\'' => safe.push_str("&#39;"),
-            '\n' | '\t' => safe.push(c),
-            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => safe.push('\u{fffd}'),
-            c if c.is_control() => safe.push('\u{fffd}'),
-            c => safe.push(c),
-        }
-    }
-    safe
+/// Replaces characters that cannot be seen or that turn the direction of what follows (controls,
+/// bidirectional embeddings and overrides) by U+FFFD: a name must not look like another, nor
+/// rearrange the words around it.
+fn visible(text: &str) -> String {
+    let replaced = |c: char| match c {
+        '\n' | '\t' => c,
+        '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => '\u{fffd}',
+        c if c.is_control() => '\u{fffd}',
+        c => c,
+    };
+    text.chars().map(replaced).collect()
 }
 
 /// A paragraph of plain text.
 pub fn paragraph(text: &str) -> Html {
-    Html(format!("<p>{}</p>\n", escape(text)))
+    Html(html! { p { (text) } })
 }
 
 /// Small print: how to read what stands above, or what was left out.
 pub fn note(text: &str) -> Html {
-    Html(format!("<p class=\"note\">{}</p>\n", escape(text)))
+    Html(html! { p.note { (text) } })
 }
 
 /// A part of a section: its own heading, with what belongs to it in small print, and what stands below.
 pub fn group(heading: &str, aside: &str, body: Html) -> Html {
-    let (heading, aside) = (escape(heading), escape(aside));
-    Html(format!(
-        "<div class=\"group\">\n<h3>{heading} <small>{aside}</small></h3>\n{body}</div>\n"
-    ))
+    Html(html! { div.group { h3 { (heading) " " small { (aside) } } (body) } })
 }
 
 /// A count as people read it: `1,234,567`.
@@ -192,79 +194,73 @@ impl Page {
 
     /// The numbers to see first, as tiles: name, value, and what it is a part of or compares with.
     pub fn facts(&mut self, facts: &[(&str, String, Option<String>)]) -> &mut Self {
-        let html = &mut self.body.0;
-        html.push_str("<dl class=\"facts\">\n");
-        for (name, value, note) in facts {
-            let long = value.chars().count() > SHORT;
-            let (name, value) = (escape(name), escape(value));
-            // A long one may be cut after some lines: its title is whole.
-            let class = match long {
-                true => format!("\"value long\" title=\"{value}\""),
-                false => "\"value\"".to_owned(),
-            };
-            let _ = write!(html, "<div><dt>{name}</dt><dd class={class}>{value}</dd>");
-            if let Some(note) = note {
-                let _ = write!(html, "<dd class=\"note\">{}</dd>", escape(note));
+        let facts = Html(html! {
+            dl.facts {
+                @for (name, value, note) in facts {
+                    // A long one may be cut after some lines: its title is whole.
+                    @let long = (value.chars().count() > SHORT).then_some(value);
+                    div {
+                        dt { (name) }
+                        dd.value.long[long.is_some()] title=[long] { (value) }
+                        @if let Some(note) = note { dd.note { (note) } }
+                    }
+                }
             }
-            html.push_str("</div>\n");
-        }
-        html.push_str("</dl>\n");
-        self
+        });
+        self.add(facts)
     }
 
     /// A heading and what stands below it.
     pub fn section(&mut self, heading: &str, body: Html) -> &mut Self {
-        let id = self.headings.len() + 1;
-        let _ = write!(
-            self.body.0,
-            "<section id=\"s{id}\">\n<h2>{}</h2>\n{body}</section>\n",
-            escape(heading)
-        );
         self.headings.push(heading.to_owned());
+        let id = self.headings.len();
+        self.add(Html(html! { section id={ "s" (id) } { h2 { (heading) } (body) } }))
+    }
+
+    fn add(&mut self, html: Html) -> &mut Self {
+        html.render_to(&mut self.body.0.0);
         self
     }
 
-    fn contents(&self) -> String {
-        if !self.contents || self.headings.is_empty() {
-            return String::new();
+    fn contents(&self) -> Markup {
+        html! {
+            @if self.contents && !self.headings.is_empty() {
+                nav aria-label="Sections" {
+                    ul.contents {
+                        @for (number, heading) in (1..).zip(&self.headings) {
+                            li { a href={ "#s" (number) } { (heading) } }
+                        }
+                    }
+                }
+            }
         }
-        let links = self.headings.iter().enumerate().map(|(number, heading)| {
-            format!("<li><a href=\"#s{}\">{}</a></li>", number + 1, escape(heading))
-        });
-        format!(
-            "<nav aria-label=\"Sections\"><ul class=\"contents\">{}</ul></nav>\n",
-            links.collect::<String>()
-        )
     }
 
     /// The whole file.
     pub fn finish(&self) -> String {
-        let (title, subtitle) = (escape(&self.title), escape(&self.subtitle));
-        let subtitle = match subtitle.as_str() {
-            "" => String::new(),
-            text => format!("<p class=\"subtitle\">{text}</p>\n"),
+        let html = html! {
+            (DOCTYPE)
+            html lang="en" {
+                head {
+                    meta charset="utf-8";
+                    meta http-equiv="Content-Security-Policy" content=(POLICY);
+                    meta name="viewport" content="width=device-width, initial-scale=1";
+                    meta name="color-scheme" content="light dark";
+                    title { (self.title) }
+                    style { (PreEscaped(STYLE)) }
+                }
+                body {
+                    header {
+                        h1 { (self.title) }
+                        @if !self.subtitle.is_empty() { p.subtitle { (self.subtitle) } }
+                        (self.contents())
+                    }
+                    main { (self.body) }
+                    footer { "angler " (env!("CARGO_PKG_VERSION")) }
+                }
+            }
         };
-        format!(
-            "<!doctype html>\n\
-             <html lang=\"en\">\n\
-             <head>\n\
-             <meta charset=\"utf-8\">\n\
-             <meta http-equiv=\"Content-Security-Policy\" content=\"{POLICY}\">\n\
-             <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-             <meta name=\"color-scheme\" content=\"light dark\">\n\
-             <title>{title}</title>\n\
-             <style>\n{STYLE}</style>\n\
-             </head>\n\
-             <body>\n\
-             <header>\n<h1>{title}</h1>\n{subtitle}{}</header>\n\
-             <main>\n{}</main>\n\
-             <footer>angler {}</footer>\n\
-             </body>\n\
-             </html>\n",
-            self.contents(),
-            self.body,
-            env!("CARGO_PKG_VERSION"),
-        )
+        visible(&html.0)
     }
 }
 
@@ -300,16 +296,17 @@ mod tests {
 
     #[test]
     fn text_cannot_become_markup() {
-        let safe = escape(HOSTILE);
+        let shown = |text: &str| {
+            let page = Page::new("t", text).finish();
+            let (_, rest) = page.split_once("<p class=\"subtitle\">").unwrap();
+            rest.split_once("</p></header>").unwrap().0.to_owned()
+        };
         assert_eq!(
-            safe,
-            "&lt;/script&gt;&lt;img src=x onerror=&quot;alert(&#39;1&#39;)&quot;&gt;&amp;amp;"
+            shown(HOSTILE),
+            "&lt;/script&gt;&lt;img src=x onerror=&quot;alert('1')&quot;&gt;&amp;amp;"
         );
-        assert_eq!(
-            escape("a\u{202e}gpj.exe\0\u{1b}[1m\n"),
-            "a\u{fffd}gpj.exe\u{fffd}\u{fffd}[1m\n"
-        );
-        assert_eq!(escape("žluťoučký 茶 עברית"), "žluťoučký 茶 עברית");
+        assert_eq!(shown("a\u{202e}gpj.exe\0\u{1b}[1m\n"), "a\u{fffd}gpj.exe\u{fffd}\u{fffd}[1m\n");
+        assert_eq!(shown("žluťoučký 茶 עברית"), "žluťoučký 茶 עברית");
     }
 
     #[test]
@@ -351,8 +348,8 @@ mod tests {
         assert!(!page.finish().contains("<nav"));
         let html = page.with_contents().finish();
         for (link, place) in [
-            ("<a href=\"#s1\">First</a>", "<section id=\"s1\">\n<h2>First</h2>"),
-            ("<a href=\"#s2\">&lt;Second&gt;</a>", "<section id=\"s2\">\n<h2>&lt;Second&gt;</h2>"),
+            ("<a href=\"#s1\">First</a>", "<section id=\"s1\"><h2>First</h2>"),
+            ("<a href=\"#s2\">&lt;Second&gt;</a>", "<section id=\"s2\"><h2>&lt;Second&gt;</h2>"),
         ] {
             assert!(html.contains(link) && html.contains(place), "{html}");
         }

@@ -6,9 +6,11 @@
 use std::fmt::Write;
 
 use angler_wire::text::cut;
+use maud::{Markup, html};
 
 use super::histogram::{Axis, BOTTOM, bars, number, ticks};
-use super::{Html, Series, count, escape, note};
+use super::svg::{no_values, plot, wide};
+use super::{Html, Series, count, note};
 
 /// Pixels of a row's name, of its plot and of what is between rows.
 const NAME: u32 = 18;
@@ -31,59 +33,53 @@ pub struct Spread {
 /// A row for each of `rows`, all over the axis from the low end of the first bin to the high end of the last.
 pub fn spreads(title: &str, axis_label: &str, rows: &[Spread], range: (f32, f32)) -> Html {
     let axis = Axis { low: range.0.into(), span: f64::from(range.1) - f64::from(range.0) };
-    let mut html = format!("<figure class=\"histogram\">\n<figcaption>{}", escape(title));
-    html.push_str("</figcaption>\n");
     let shown = &rows[..rows.len().min(ROWS)];
-    if shown.is_empty() || !axis.span.is_finite() || axis.span <= 0.0 {
-        html.push_str("<p class=\"note\">There are no values to show.</p>\n</figure>\n");
-        return Html(html);
-    }
-    let floor = (NAME + PLOT + GAP) * shown.len() as u32 - GAP;
-    let label = escape(&describe(title, axis_label, shown));
-    let _ = writeln!(
-        html,
-        "<svg class=\"plot\" role=\"img\" aria-label=\"{label}\" width=\"100%\" height=\"{}\">",
-        floor + BOTTOM
-    );
-    for (i, row) in shown.iter().enumerate() {
-        one(&mut html, row, &axis, (NAME + PLOT + GAP) * i as u32);
-    }
-    ticks(&mut html, axis_label, &axis, floor);
-    html.push_str("</svg>\n</figure>\n");
-    let html = Html(html);
+    let is_empty = shown.is_empty() || !axis.span.is_finite() || axis.span <= 0.0;
+    let html = Html(html! {
+        figure.histogram {
+            figcaption { (title) }
+            @if is_empty {
+                (no_values())
+            } @else {
+                (chart(&describe(title, axis_label, shown), axis_label, shown, &axis))
+            }
+        }
+    });
     match rows.len() - shown.len() {
-        0 => html,
-        more => html.and(note(&format!("… and {} more", count(more as u64)))),
+        more if more > 0 && !is_empty => {
+            html.and(note(&format!("… and {} more", count(more as u64))))
+        }
+        _ => html,
     }
 }
 
-fn one(html: &mut String, row: &Spread, axis: &Axis, top: u32) {
-    let (plot, floor) = (top + NAME, top + NAME + PLOT);
-    let _ = writeln!(
-        html,
-        "<text class=\"label\" y=\"{}\">{}</text>\
-         <text x=\"100%\" y=\"{0}\" text-anchor=\"end\">{}</text>",
-        plot - 5,
-        escape(&cut(&row.series.name, NAME_CHARS)),
-        count(row.series.total())
-    );
-    let _ = writeln!(html, "<line class=\"grid\" x2=\"100%\" y1=\"{floor}\" y2=\"{floor}\"/>");
-    bars(html, &row.series, "first", row.series.peak().1.max(f64::MIN_POSITIVE), (plot, PLOT));
-    if let Some(middle) = row.middle.filter(|middle| middle.is_finite()) {
-        let x = axis.x(middle.into());
-        let _ = writeln!(
-            html,
-            "<line class=\"middle\" x1=\"{x:.2}%\" x2=\"{x:.2}%\" y1=\"{}\" y2=\"{}\"/>",
-            plot - 2,
-            floor + 3
-        );
+fn chart(label: &str, axis_label: &str, rows: &[Spread], axis: &Axis) -> Markup {
+    let step = NAME + PLOT + GAP;
+    let floor = step * rows.len() as u32 - GAP;
+    let parts = html! {
+        @for (row, top) in rows.iter().zip((0..).map(|number| step * number)) {
+            (one(row, axis, top))
+        }
+        (ticks(axis_label, axis, floor))
+    };
+    plot(label, floor + BOTTOM, &parts)
+}
+
+fn one(row: &Spread, axis: &Axis, top: u32) -> Markup {
+    let (upper, floor) = (top + NAME, top + NAME + PLOT);
+    let highest = row.series.peak().1.max(f64::MIN_POSITIVE);
+    let middle = row.middle.filter(|middle| middle.is_finite());
+    html! {
+        text.label y=(upper - 5) { (cut(&row.series.name, NAME_CHARS)) }
+        text x="100%" y=(upper - 5) text-anchor="end" { (count(row.series.total())) }
+        line.grid x2="100%" y1=(floor) y2=(floor) {}
+        (bars(&row.series, "first", highest, (upper, PLOT)))
+        @if let Some(middle) = middle {
+            @let x = wide(axis.x(middle.into()));
+            line.middle x1=(x) x2=(x) y1=(upper - 2) y2=(floor + 3) {}
+        }
+        rect.tip y=(top) width="100%" height=(NAME + PLOT) { title { (words(row)) } }
     }
-    let _ = writeln!(
-        html,
-        "<rect class=\"tip\" y=\"{top}\" width=\"100%\" height=\"{}\"><title>{}</title></rect>",
-        NAME + PLOT,
-        escape(&words(row))
-    );
 }
 
 /// `cola: 1,200, half of them below 0.83`.

@@ -1,8 +1,9 @@
 //! A table: text, numbers, and shares with a bar below the number.
 
-use std::fmt::Write;
+use maud::{Markup, html};
 
-use super::{Html, count, escape, note, percent};
+use super::svg::wide;
+use super::{Html, count, note, percent};
 
 /// The most rows that a table shows; the rest is counted.
 const ROWS: usize = 1_000;
@@ -29,6 +30,19 @@ impl Cell {
         Self { text: percent(share), share: share.is_finite().then(|| share.clamp(0.0, 1.0)) }
     }
 
+    /// The text, and the bar of a share.
+    fn html(&self) -> Markup {
+        html! {
+            (self.text)
+            @if let Some(share) = self.share {
+                svg.bar aria-hidden="true" {
+                    rect.rail width="100%" height="4" {}
+                    rect width=(wide(share * 100.0)) height="4" {}
+                }
+            }
+        }
+    }
+
     /// A count, with separators.
     pub fn count(number: u64) -> Self {
         count(number).into()
@@ -51,39 +65,37 @@ impl From<&str> for Cell {
 /// in `alignments` stand left. A wide table scrolls in its box. Of more than 1,000 rows the first are
 /// shown, and a note says how many more there are.
 pub fn table(headers: &[&str], rows: &[Vec<Cell>], alignments: &[Align]) -> Html {
-    let class = |column: usize| match alignments.get(column) {
-        Some(Align::Right) => " class=\"number\"",
-        Some(Align::Left) | None => "",
-    };
-    let mut html = String::from("<div class=\"scroll\" tabindex=\"0\"><table class=\"plain\">\n");
-    html.push_str("<thead><tr>");
-    for (column, header) in headers.iter().enumerate() {
-        let _ = write!(html, "<th scope=\"col\"{}>{}</th>", class(column), escape(header));
-    }
-    html.push_str("</tr></thead>\n<tbody>\n");
-    for row in rows.iter().take(ROWS) {
-        html.push_str("<tr>");
-        for (column, cell) in row.iter().enumerate() {
-            let tag = if column == 0 { "th scope=\"row\"" } else { "td" };
-            let _ = write!(html, "<{tag}{}>{}", class(column), escape(&cell.text));
-            if let Some(share) = cell.share {
-                let _ = write!(
-                    html,
-                    "<svg class=\"bar\" aria-hidden=\"true\"><rect class=\"rail\" width=\"100%\" \
-                     height=\"4\"/><rect width=\"{:.2}%\" height=\"4\"/></svg>",
-                    share * 100.0
-                );
+    let class = |column| (alignments.get(column) == Some(&Align::Right)).then_some("number");
+    let html = Html(html! {
+        div.scroll tabindex="0" {
+            table.plain {
+                thead {
+                    tr {
+                        @for (column, header) in headers.iter().enumerate() {
+                            th scope="col" class=[class(column)] { (header) }
+                        }
+                    }
+                }
+                tbody {
+                    @for row in rows.iter().take(ROWS) {
+                        tr {
+                            @for (column, cell) in row.iter().enumerate() {
+                                @if column == 0 {
+                                    th scope="row" class=[class(column)] { (cell.html()) }
+                                } @else {
+                                    td class=[class(column)] { (cell.html()) }
+                                }
+                            }
+                        }
+                    }
+                }
             }
-            html.push_str(if column == 0 { "</th>" } else { "</td>" });
         }
-        html.push_str("</tr>\n");
+    });
+    match rows.len().saturating_sub(ROWS) {
+        0 => html,
+        more => html.and(note(&format!("… and {} more rows", count(more as u64)))),
     }
-    html.push_str("</tbody></table></div>\n");
-    let more = rows.len().saturating_sub(ROWS);
-    if more > 0 {
-        return Html(html).and(note(&format!("… and {} more rows", count(more as u64))));
-    }
-    Html(html)
 }
 
 #[cfg(test)]
