@@ -1,136 +1,79 @@
 //! .npy and .npz: f16, f32 or f64, in either byte order and either memory order.
-//!
-//! The element's type is known only once the file's header is read, and is read as f32 whatever it
-//! is, some values at a time: a file of f64 is never in memory as f64, and memory is taken as data
-//! arrives and not as a header promises it.
 
 use std::io::{Read, Seek, Write};
 
 use anyhow::{Context, Result, anyhow, bail};
-use half::f16;
-use ndarray::{Array2, ShapeBuilder};
-use ndarray_npy::{
-    NpzReader, NpzWriter, ReadDataError, ReadNpyError, ReadNpyExt, ReadNpzError, ReadableElement,
-    WriteNpyExt,
-};
-use py_literal::Value;
+use ndarray::Array2;
+use ndarray_npy::{NpzWriter, WriteNpyExt};
+use zip::ZipArchive;
 
 use angler_vectors::ClassVectors;
 use angler_vectors::rows::Vectors;
 
+use super::super::npy::{Npy, NpyError};
 use super::{Foreign, unit_rows};
 
 /// The array of an .npz file that holds the vectors, if it has several.
 const NAME: &str = "vectors";
 
-/// Values that are converted at once.
-const CHUNK: usize = 16 * 1024;
-
-/// A value that was f16, f32 or f64.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Float(f32);
-
-impl ReadableElement for Float {
-    fn read_to_end_exact_vec<R: Read>(
-        mut reader: R,
-        descriptor: &Value,
-        len: usize,
-    ) -> Result<Vec<Self>, ReadDataError> {
-        let wrong = || ReadDataError::WrongDescriptor(descriptor.clone());
-        let Value::String(text) = descriptor else { return Err(wrong()) };
-        match text.as_str() {
-            "<f2" => values(&mut reader, len, |b| f16::from_le_bytes(b).to_f32()),
-            ">f2" => values(&mut reader, len, |b| f16::from_be_bytes(b).to_f32()),
-            "<f4" => values(&mut reader, len, f32::from_le_bytes),
-            ">f4" => values(&mut reader, len, f32::from_be_bytes),
-            "<f8" => values(&mut reader, len, |b| f64::from_le_bytes(b) as f32),
-            ">f8" => values(&mut reader, len, |b| f64::from_be_bytes(b) as f32),
-            _ => Err(wrong()),
-        }
-    }
-}
-
-/// Reads `len` values of N bytes, and nothing must follow.
-fn values<const N: usize>(
-    reader: &mut impl Read,
-    len: usize,
-    value: impl Fn([u8; N]) -> f32,
-) -> Result<Vec<Float>, ReadDataError> {
-    let mut all = Vec::new();
-    let mut buffer = vec![0; N * CHUNK.min(len)];
-    while all.len() < len {
-        let part = &mut buffer[..N * CHUNK.min(len - all.len())];
-        reader.read_exact(part)?;
-        let (part, _) = part.as_chunks::<N>();
-        all.extend(part.iter().map(|bytes| Float(value(*bytes))));
-    }
-    match std::io::copy(reader, &mut std::io::sink())? {
-        0 => Ok(all),
-        more => Err(ReadDataError::ExtraBytes(usize::try_from(more).unwrap_or(usize::MAX))),
-    }
-}
-
 pub(super) fn read_npy(reader: impl Read) -> Result<Foreign> {
-    let matrix = Array2::<Float>::read_npy(reader).map_err(refused)?;
-    Ok(Foreign::new(vectors(matrix)?, None))
+    let matrix = Npy::open(reader).and_then(Npy::matrix).map_err(refused)?;
+    Ok(Foreign::new(Vectors::from(matrix), None))
 }
 
 /// What is wrong with a .npy file, and what it should be.
-fn refused(error: ReadNpyError) -> anyhow::Error {
+fn refused(error: NpyError) -> anyhow::Error {
     let wanted = match &error {
         // Its data was cut off or goes on: the rest is as it should be.
-        ReadNpyError::MissingData | ReadNpyError::ExtraBytes(_) => "must be a whole .npy file",
-        ReadNpyError::Io(_) => "cannot be read as a .npy file",
+        NpyError::Short | NpyError::Long(_) => "must be a whole .npy file",
+        NpyError::Read(_) => "cannot be read as a .npy file",
         _ => "must be a .npy file of f16, f32 or f64, [rows, dim]",
     };
     anyhow!(error).context(wanted)
 }
 
-/// The same values without the wrapper around each, in the same buffer; other orders are copied.
-fn vectors(matrix: Array2<Float>) -> Result<Vectors> {
-    let shape = matrix.raw_dim().set_f(!matrix.is_standard_layout());
-    let (values, _) = matrix.into_raw_vec_and_offset();
-    let values: Vec<f32> = values.into_iter().map(|Float(value)| value).collect();
-    Ok(Vectors::from(Array2::from_shape_vec(shape, values)?))
-}
-
 pub(super) fn read_npz(reader: impl Read + Seek) -> Result<Foreign> {
-    let mut npz = NpzReader::new(reader).context("must be a .npz file")?;
-    let names = npz.names().context("must be a .npz file")?;
-    let found = match names.iter().position(|name| name == NAME) {
-        Some(at) => npz.by_index(at).map_err(|e| (NAME, e)),
+    let mut npz = ZipArchive::new(reader).context("must be a .npz file")?;
+    let names: Vec<String> =
+        npz.file_names().map(|name| name.strip_suffix(".npy").unwrap_or(name).to_owned()).collect();
+    let matrix = match names.iter().position(|name| name == NAME) {
+        Some(at) => array(&mut npz, at, NAME)?.map_err(|e| in_array(NAME, e))?,
         None => the_only_matrix(&mut npz, &names)?,
     };
-    match found {
-        Ok(matrix) => Ok(Foreign::new(vectors(matrix)?, None)),
-        Err((name, ReadNpzError::Npy(error))) => {
-            Err(refused(error).context(format!("array `{name}`")))
-        }
-        Err((name, error)) => Err(anyhow!(error).context(format!("array `{name}`"))),
-    }
+    Ok(Foreign::new(Vectors::from(matrix), None))
 }
 
-type Found<'a> = Result<Array2<Float>, (&'a str, ReadNpzError)>;
+fn in_array(name: &str, error: NpyError) -> anyhow::Error {
+    refused(error).context(format!("array `{name}`"))
+}
+
+/// The array at this place of the archive; the inner error is about what it holds.
+fn array(
+    npz: &mut ZipArchive<impl Read + Seek>,
+    at: usize,
+    name: &str,
+) -> Result<Result<Array2<f32>, NpyError>> {
+    let file = npz.by_index(at).with_context(|| format!("array `{name}`"))?;
+    Ok(Npy::open(file).and_then(Npy::matrix))
+}
 
 /// Labels are often kept beside the vectors: what is no matrix of numbers is passed over.
-fn the_only_matrix<'a>(
-    npz: &mut NpzReader<impl Read + Seek>,
-    names: &'a [String],
-) -> Result<Found<'a>> {
-    let mut found: Option<Found<'a>> = None;
+fn the_only_matrix(
+    npz: &mut ZipArchive<impl Read + Seek>,
+    names: &[String],
+) -> Result<Array2<f32>> {
+    let mut found = None;
     for (at, name) in names.iter().enumerate() {
-        let array = match npz.by_index(at) {
-            Err(ReadNpzError::Npy(
-                ReadNpyError::WrongDescriptor(_)
-                | ReadNpyError::WrongNdim(..)
-                | ReadNpyError::ParseHeader(_),
-            )) => continue,
-            other => other.map_err(|e| (name.as_str(), e)),
+        let matrix = match array(npz, at, name)? {
+            Ok(matrix) => matrix,
+            Err(error @ (NpyError::Short | NpyError::Long(_) | NpyError::Read(_))) => {
+                return Err(in_array(name, error));
+            }
+            Err(_) => continue,
         };
-        if found.is_some() {
+        if found.replace(matrix).is_some() {
             bail!("it holds several matrices ({}); name one `{NAME}`", names.join(", "));
         }
-        found = Some(array);
     }
     found.ok_or_else(|| {
         let names = names.join(", ");
@@ -153,6 +96,7 @@ pub(super) fn write_npz(classes: &ClassVectors, writer: impl Write + Seek) -> Re
 mod tests {
     use std::io::Cursor;
 
+    use half::f16;
     use ndarray::{Array1, array};
 
     use super::*;
@@ -204,7 +148,8 @@ mod tests {
 
     #[test]
     fn more_values_than_are_converted_at_once_are_all_read() {
-        let matrix = Array2::from_shape_fn((CHUNK / 3 + 7, 5), |(r, c)| (r * 5 + c) as f32);
+        // 16,384 values are converted at once.
+        let matrix = Array2::from_shape_fn((7_000, 5), |(r, c)| (r * 5 + c) as f32);
         let mut file = Vec::new();
         matrix.write_npy(&mut file).unwrap();
         assert_eq!(read(&file), Ok(Vectors::from(matrix)));
