@@ -10,6 +10,7 @@ mod doctor;
 mod enqueue;
 mod html;
 mod image_paths;
+mod label_args;
 mod output;
 mod probe;
 mod progress;

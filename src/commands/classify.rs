@@ -2,7 +2,6 @@
 
 pub(super) mod report;
 
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -22,11 +21,10 @@ use angler_core::source::folder::{FolderSource, IMAGES_PER_JOB};
 use angler_core::worker::Worker;
 use angler_inference::model::Model;
 use angler_vectors::{ClassVectors, Contents};
-use angler_wire::job::{ClassSelector, Job, MAX_TOP_K, Run, hex};
+use angler_wire::job::{ClassSelector, Job, Run, hex};
 
-use super::UsageError;
 use super::class_set::{ClassesOrigin, folder_name, read_file};
-use super::output::{self, Output};
+use super::label_args::LabelArgs;
 use super::progress::{build_with_progress, progress_bar, report_failed};
 use crate::app::App;
 use crate::commands::image_paths;
@@ -46,15 +44,8 @@ pub struct Classify {
     /// reference images a class
     #[arg(long, value_name = "SET[@VERSION]|FOLDER|FILE")]
     classes: String,
-    /// Write JSON lines to this file, which appears when it is complete; - is standard output
-    #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
-    /// How many of the best classes to list for each image, 1 to 100
-    #[arg(long, default_value_t = 1, value_name = "K")]
-    top_k: usize,
-    /// Below this cosine similarity an image is unknown [default: the set's own threshold]
-    #[arg(long, value_name = "COSINE", allow_negative_numbers = true)]
-    min_score: Option<f32>,
+    #[command(flatten)]
+    labels: LabelArgs,
     /// Add each image's normalised embedding, base64 of little-endian f32
     #[arg(long)]
     embeddings: bool,
@@ -62,7 +53,7 @@ pub struct Classify {
 
 impl Classify {
     pub(super) async fn run(self, app: &App) -> Result<()> {
-        self.check()?;
+        self.labels.check()?;
         let origin = ClassesOrigin::parse(&self.classes)?;
         let images = image_paths::images(app, &self.paths).await?;
         let references = match &origin {
@@ -119,12 +110,12 @@ impl Classify {
             id: "classify".to_owned(),
             images: Vec::new(),
             classes: selector,
-            top_k: self.top_k,
-            min_score: self.min_score,
+            top_k: self.labels.top_k,
+            min_score: self.labels.min_score,
             embeddings: self.embeddings,
             run: Some(Run { id: "classify".to_owned(), jobs, index: 0, nonce: None }),
         };
-        let output = Output::open(self.out.as_deref())?;
+        let output = self.labels.open()?;
         let bar = progress_bar(total, "images");
         let table = output.is_table();
         let report = Arc::new(Mutex::new(Report::new(classes)));
@@ -169,21 +160,8 @@ impl Classify {
             print!("{}", report.table());
         }
         eprint!("{}", report.summary(elapsed, classes, model, pipeline.engine()));
-        if let Some(out) = self.out.as_deref().filter(|out| *out != Path::new("-")) {
-            eprintln!("results in {}", out.display());
-        }
+        self.labels.say_where();
         Ok(())
-    }
-
-    fn check(&self) -> Result<(), UsageError> {
-        if !(1..=MAX_TOP_K).contains(&self.top_k) {
-            return Err(UsageError(format!("--top-k must be 1 to {MAX_TOP_K}")));
-        }
-        if self.min_score.is_some_and(|s| !(-1.0..=1.0).contains(&s)) {
-            return Err(UsageError("--min-score must lie in [-1, 1]".to_owned()));
-        }
-        // Found now and not when everything is classified.
-        output::check("--out", self.out.as_deref())
     }
 }
 

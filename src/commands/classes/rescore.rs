@@ -1,7 +1,7 @@
 //! `angler classes rescore`: kept embeddings against a version, without images and without a model.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -10,14 +10,13 @@ use clap::Args;
 use angler_core::sink::jsonl::Line;
 use angler_vectors::ClassVectors;
 use angler_vectors::score::Scorer;
-use angler_wire::job::{ImageEntry, MAX_TOP_K, Provenance, Verdict};
+use angler_wire::job::{ImageEntry, Provenance, Verdict};
 use angler_wire::text::plural;
 
 use crate::app::App;
 use crate::commands::classes::saved_embeddings::{Expected, Kept, KeptFile, matrix};
 use crate::commands::classify::report::Report;
-use crate::commands::output;
-use crate::commands::output::Output;
+use crate::commands::label_args::LabelArgs;
 use crate::commands::{UsageError, class_set};
 use crate::shutdown;
 
@@ -38,15 +37,8 @@ pub struct RescoreCommand {
     /// SET[@VERSION] under classes.root, or a class vectors file
     #[arg(long, value_name = "SET[@VERSION]|FILE")]
     classes: String,
-    /// Write JSON lines to this file, which appears when it is complete; - is standard output
-    #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
-    /// How many of the best classes to list for each image, 1 to 100
-    #[arg(long, default_value_t = 1, value_name = "K")]
-    top_k: usize,
-    /// Below this cosine similarity an image is unknown [default: the set's own threshold]
-    #[arg(long, value_name = "COSINE", allow_negative_numbers = true)]
-    min_score: Option<f32>,
+    #[command(flatten)]
+    labels: LabelArgs,
 }
 
 impl RescoreCommand {
@@ -61,7 +53,7 @@ impl RescoreCommand {
         let scorer = app.settings.scorer();
         let mut kept = KeptFile::open(&self.embeddings, self.ids.as_deref(), expected)?;
         let stop = shutdown::on_signals("stopping").context("signals cannot be caught")?;
-        let output = Output::open(self.out.as_deref())?;
+        let output = self.labels.open()?;
         let table = output.is_table();
         let (mut writer, finish) = output.split()?;
         let mut report = Report::new(&classes);
@@ -101,25 +93,17 @@ impl RescoreCommand {
         eprintln!("  classes  {}, {labels}\n  model    {}", classes.id(), classes.model());
         eprint!("{}", report.counts());
         kept.remarks();
-        if let Some(out) = self.out.as_deref().filter(|out| *out != Path::new("-")) {
-            eprintln!("results in {}", out.display());
-        }
+        self.labels.say_where();
         Ok(())
     }
 
     fn check(&self) -> Result<(), UsageError> {
-        if !(1..=MAX_TOP_K).contains(&self.top_k) {
-            return Err(UsageError(format!("--top-k must be 1 to {MAX_TOP_K}")));
-        }
-        if self.min_score.is_some_and(|s| !(-1.0..=1.0).contains(&s)) {
-            return Err(UsageError("--min-score must lie in [-1, 1]".to_owned()));
-        }
         if self.ids.is_some() && self.embeddings.extension().is_none_or(|e| e != "npy") {
             return Err(UsageError(
                 "--ids goes with a .npy file: lines name themselves".to_owned(),
             ));
         }
-        output::check("--out", self.out.as_deref())
+        self.labels.check()
     }
 
     fn score(
@@ -129,8 +113,9 @@ impl RescoreCommand {
         batch: Vec<Kept>,
     ) -> Result<Vec<(ImageEntry, Provenance)>> {
         let embeddings = matrix(&batch, classes.dim())?;
+        let LabelArgs { top_k, min_score, .. } = self.labels;
         // The margin needs the runner-up.
-        let scores = classes.score_with(scorer, embeddings.view(), self.top_k.max(2));
+        let scores = classes.score_with(scorer, embeddings.view(), top_k.max(2));
         let mut scores = scores.into_iter();
         let mut entries = Vec::with_capacity(batch.len());
         for Kept { uri, id, backend, embedding } in batch {
@@ -138,7 +123,7 @@ impl RescoreCommand {
                 Err(error) => Verdict::Failed { error },
                 Ok(_) => {
                     let top = scores.next().unwrap_or_default();
-                    Verdict::Labelled(classes.classified(&top, self.top_k, self.min_score))
+                    Verdict::Labelled(classes.classified(&top, top_k, min_score))
                 }
             };
             let provenance = Provenance {
