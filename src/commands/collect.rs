@@ -16,7 +16,7 @@ use angler_amqp::run_queues::{IdQueues, RunQueues, check_run};
 use angler_amqp::{AmqpOptions, close, connect};
 use angler_runs::collector::{CollectError, Ended, Until, collect};
 use angler_runs::embeddings::ids_path;
-use angler_runs::have::Added;
+use angler_runs::finished_jobs::Added;
 use angler_runs::journal::{Journal, JournalError};
 use angler_runs::mark;
 use angler_runs::mark::Mark;
@@ -173,7 +173,7 @@ impl<'a> Collecting<'a> {
 
     /// Leaves no journal behind that has no result.
     fn leave(self) -> Result<()> {
-        match self.journal.have().count() {
+        match self.journal.finished().count() {
             0 => Ok(self.journal.remove()?),
             _ => Ok(()),
         }
@@ -188,11 +188,11 @@ impl<'a> Collecting<'a> {
         self.journal.sync()?;
         let ended = taken.or_else(|error| self.without_broker(error))?;
         self.check_embeddings()?;
-        let have = self.journal.have();
+        let finished = self.journal.finished();
         let seconds = started.elapsed().as_secs_f64().max(1e-9);
         self.summary.rate = (self.summary.images - before) as f64 / seconds;
-        self.summary.jobs = have.count();
-        self.summary.missing_jobs = have.lacking();
+        self.summary.jobs = finished.count();
+        self.summary.missing_jobs = finished.lacking();
         Ok(ended)
     }
 
@@ -235,7 +235,7 @@ impl<'a> Collecting<'a> {
 
     /// Decides what the journal is good for when the run's queue cannot be collected.
     fn without_broker(&self, error: anyhow::Error) -> Result<Ended> {
-        let have = self.journal.have();
+        let finished = self.journal.finished();
         let is_gone = match error.downcast_ref() {
             Some(CollectError::NoRun { .. }) => true,
             Some(
@@ -247,18 +247,18 @@ impl<'a> Collecting<'a> {
             None if error.is::<JournalError>() => return Err(error),
             Some(CollectError::Mark(_)) | None => false,
         };
-        if is_gone && have.is_whole() {
+        if is_gone && finished.is_whole() {
             // A command that had written everything was killed before it could say so.
             return Ok(Ended::Complete { cancelled: false });
         }
-        if have.count() == 0 {
+        if finished.count() == 0 {
             return Err(error);
         }
         if self.partial {
             tracing::warn!("writing what was collected before: {}", chain(error.as_ref()));
             return Ok(Ended::Empty);
         }
-        let (kept, path) = (have.count(), self.journal.file().display());
+        let (kept, path) = (finished.count(), self.journal.file().display());
         Err(error
             .context(format!("{path} keeps the results of {kept} jobs; --partial writes them")))
     }
@@ -271,7 +271,7 @@ impl<'a> Collecting<'a> {
         self.summary.complete = whole && dropped == 0;
         let written = self.write()?;
         let Self { app, files, journal, summary, .. } = self;
-        let (run, planned) = (journal.run().clone(), journal.have().planned().unwrap_or(0));
+        let (run, planned) = (journal.run().clone(), journal.finished().planned().unwrap_or(0));
         let queues = RunQueues::new(first_queue(app), &run.id, &run.nonce);
         let connection = connect(&app.settings.amqp_options("collect"), "collect").await?;
         let deleted = queues.delete(&connection).await;
@@ -294,12 +294,12 @@ impl<'a> Collecting<'a> {
     /// Leaves everything to the command that continues, and writes what there is if that is wanted.
     async fn interrupt(mut self, ended: Ended) -> Result<Collected<'a>> {
         let id = self.journal.run().id.clone();
-        let writes = self.partial && self.journal.have().count() > 0;
+        let writes = self.partial && self.journal.finished().count() > 0;
         let written = if writes { Some(self.write()?) } else { None };
         let known = known(self.app, &id).await;
         let known = known
             .unwrap_or_else(|e| format!("(the broker cannot be asked: {})", chain(e.as_ref())));
-        let (reason, missing) = (reason(ended, self.limits), missing(self.journal.have()));
+        let (reason, missing) = (reason(ended, self.limits), missing(self.journal.finished()));
         let problem = Some(format!(
             "run {id} is not complete: {reason}{missing}. {known}. To continue, run `angler collect --run {id}` with the same --out"
         ));

@@ -14,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use tokio::sync::{Mutex as Turn, Notify, watch};
+use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use angler_wire::error::{ImageError, ImageErrorCode, StoreFault};
@@ -97,7 +97,7 @@ pub struct Outage {
     failures: AtomicU32,
     known: Mutex<Known>,
     /// Held during a check; when the last one began, and what it found.
-    checks: Turn<Option<(Instant, Option<Trouble>)>>,
+    checks: AsyncMutex<Option<(Instant, Option<Trouble>)>>,
 }
 
 #[derive(Default)]
@@ -127,7 +127,7 @@ impl Default for Outage {
             suspicion: Notify::new(),
             failures: AtomicU32::new(0),
             known: Mutex::default(),
-            checks: Turn::default(),
+            checks: AsyncMutex::default(),
         }
     }
 }

@@ -335,12 +335,12 @@ fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<O
     }
     let runtime = onnxruntime::Runtime::find(options.onnxruntime_library.as_deref())?;
     let size = |threads| onnxruntime::Size { threads, max_batch: options.max_batch };
-    let (lanes, detail): (Vec<(onnxruntime::Provider, onnxruntime::Size)>, String) = match choice {
+    let (places, detail): (Vec<(onnxruntime::Provider, onnxruntime::Size)>, String) = match choice {
         BackendChoice::Onnxruntime => {
             let (sessions, threads) = shares(cores, options.sessions, options.threads);
-            let lanes = vec![(onnxruntime::Provider::Cpu, size(threads)); sessions];
+            let places = vec![(onnxruntime::Provider::Cpu, size(threads)); sessions];
             let each = plural(threads, "thread");
-            (lanes, format!("{}, {each} each", plural(sessions, "session")))
+            (places, format!("{}, {each} each", plural(sessions, "session")))
         }
         _ => {
             let sessions = if options.sessions == 0 { SESSIONS_A_GPU } else { options.sessions };
@@ -349,13 +349,13 @@ fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<O
                 _ => (onnxruntime::Provider::Cuda(*device), size(1)),
             };
             // Device by device in turn, so that the first batches go to different ones.
-            let lanes = options.devices.iter().map(provider).cycle();
-            let lanes = lanes.take(options.devices.len() * sessions).collect();
+            let places = options.devices.iter().map(provider).cycle();
+            let places = places.take(options.devices.len() * sessions).collect();
             let each = plural(sessions, "session");
-            (lanes, format!("devices {:?}, {each} each", options.devices))
+            (places, format!("devices {:?}, {each} each", options.devices))
         }
     };
-    let open = |graph: Option<&[u8]>| open_all(&runtime, model, options, &lanes, graph);
+    let open = |graph: Option<&[u8]>| open_all(&runtime, model, options, &places, graph);
     let (embedders, scoring) = match fused_graph(model, options, choice) {
         None => (open(None)?, on_the_host(None)),
         Some(Err(reason)) => (open(None)?, on_the_host(Some(&chain(&reason)))),
@@ -372,12 +372,12 @@ fn open_one(model: &Model, options: &Options, choice: BackendChoice) -> Result<O
     Ok((embedders, format!("{detail}, {executed}, {scoring}, library {library}")))
 }
 
-/// A session for each lane; those of a device share its memory for class vectors.
+/// Opens a session in each of these places; those of a device share its memory for class vectors.
 fn open_all(
     runtime: &onnxruntime::Runtime,
     model: &Model,
     options: &Options,
-    lanes: &[(onnxruntime::Provider, onnxruntime::Size)],
+    places: &[(onnxruntime::Provider, onnxruntime::Size)],
     graph: Option<&[u8]>,
 ) -> Result<Vec<onnxruntime::OnnxRuntimeEmbedder>, Reason> {
     let mut memories: Vec<(onnxruntime::Provider, Arc<onnxruntime::Memory>)> = Vec::new();
@@ -402,7 +402,7 @@ fn open_all(
         }
         Ok(session)
     };
-    lanes.iter().map(&mut open).collect()
+    places.iter().map(&mut open).collect()
 }
 
 /// The graph that scores as well, if that is asked for; else why there is none.

@@ -145,7 +145,7 @@ struct Inner {
     stats: Arc<EngineStats>,
     embedding: Arc<Step>,
     /// Embedders that go on.
-    lanes: Arc<AtomicUsize>,
+    sessions: Arc<AtomicUsize>,
     backend: Backend,
     devices: Vec<String>,
     class_memories: Vec<Arc<dyn ClassMemory>>,
@@ -198,12 +198,12 @@ impl Engine {
         metrics.limit_batches(policy.max_batch);
         let stats = Arc::new(EngineStats::new(metrics));
         let embedding = Step::new("batch(es) being embedded");
-        let lanes = Arc::new(AtomicUsize::new(embedders.len()));
+        let sessions = Arc::new(AtomicUsize::new(embedders.len()));
         let shared = executor::Shared {
             embedding: Arc::clone(&embedding),
             work: Arc::new(Mutex::new(ready)),
             others: batches.downgrade(),
-            lanes: Arc::clone(&lanes),
+            sessions: Arc::clone(&sessions),
             on_failure,
             in_flight: in_flight.clone(),
             broken: Arc::new(break_it),
@@ -218,15 +218,15 @@ impl Engine {
         let threads = embedders
             .into_iter()
             .enumerate()
-            .map(|(lane, embedder)| {
-                executor::spawn(lane, embedder, (width, height), shared.clone())
+            .map(|(session, embedder)| {
+                executor::spawn(session, embedder, (width, height), shared.clone())
             })
             .collect::<Result<Vec<_>, _>>()
             .map_err(FatalError::Engine)?;
         tokio::spawn(
             batcher::Batcher {
                 policy,
-                lanes: Arc::clone(&lanes),
+                sessions: Arc::clone(&sessions),
                 items: queued,
                 frames: Arc::clone(&frames),
                 batches,
@@ -248,7 +248,7 @@ impl Engine {
                 threads: Mutex::new(threads),
                 stats,
                 embedding,
-                lanes,
+                sessions,
                 backend,
                 devices: devices.into_iter().collect(),
                 class_memories,
@@ -317,7 +317,7 @@ impl Engine {
 
     /// Sessions of the model that work.
     pub fn sessions(&self) -> usize {
-        self.inner.lanes.load(Ordering::SeqCst)
+        self.inner.sessions.load(Ordering::SeqCst)
     }
 
     /// Where batches and their times are recorded, and so is all that surrounds them.

@@ -20,7 +20,7 @@ use angler_amqp::run_queues::{IdQueues, RunQueues};
 use angler_amqp::turn::{Turn, TurnError};
 use angler_amqp::{AmqpError, AmqpOptions, short};
 
-use super::have::Added;
+use super::finished_jobs::Added;
 use super::journal::{Journal, JournalError};
 use super::mark::MarkError;
 use super::reconnect::{self, Failed, Reconnect, lacking};
@@ -171,7 +171,7 @@ pub async fn collect(
             // Without an answer the broker may have given the turn to this connection all the same.
             let patience = std::mem::replace(&mut patience, silence.min(TURN_AGAIN));
             turn(connection, &queues.id, patience).await?;
-            let is_fresh = journal.have().count() == 0 && !until.empty;
+            let is_fresh = journal.finished().count() == 0 && !until.empty;
             if is_fresh && look_at(connection, &queues.taken).await?.is_some() {
                 return Err(Failed::Final(CollectError::Elsewhere {
                     run: journal.run().id.clone(),
@@ -287,13 +287,13 @@ impl Taking<'_> {
 
     /// Returns `Some` if each job that was sent, or will be, has a result.
     fn ended(&mut self) -> Option<Ended> {
-        if self.journal.have().is_whole() {
+        if self.journal.finished().is_whole() {
             return Some(Ended::Complete { cancelled: false });
         }
         let cancelled = self.watch.cancelled()?;
         self.journal.only(cancelled.sent);
         let is_settled = cancelled.since.elapsed() >= SETTLED;
-        (is_settled && self.journal.have().is_complete()).then_some(Ended::Cancelled)
+        (is_settled && self.journal.finished().is_complete()).then_some(Ended::Cancelled)
     }
 
     /// Puts a message into the journal; `false` if collecting shall end.
@@ -359,7 +359,7 @@ impl Taking<'_> {
     async fn keep(&mut self) -> Outcome<()> {
         let Some((_, tag)) = self.unacked.take() else { return Ok(()) };
         tokio::task::block_in_place(|| self.journal.sync())?;
-        if !self.is_marked && self.journal.have().count() > 0 {
+        if !self.is_marked && self.journal.finished().count() > 0 {
             self.queues.mark_taken(&self.channel).await?;
             self.is_marked = true;
         }

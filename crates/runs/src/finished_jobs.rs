@@ -4,7 +4,7 @@ use angler_wire::job::Run;
 
 /// The jobs of a run that have a result.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Have {
+pub struct FinishedJobs {
     /// Jobs that have any result.
     any: Bits,
     /// Jobs that have a `done` result.
@@ -29,7 +29,7 @@ pub enum Added {
     Nothing,
 }
 
-impl Have {
+impl FinishedJobs {
     /// Adds a result. A `done` result replaces any other; nothing replaces a `done` one.
     pub fn insert(&mut self, run: &Run, is_done: bool) -> Added {
         self.expect(run.jobs.max(run.index + 1));
@@ -173,46 +173,53 @@ mod tests {
 
     #[test]
     fn a_done_result_replaces_another_and_is_not_replaced() {
-        let mut have = Have::default();
+        let mut finished = FinishedJobs::default();
         let added =
-            [false, false, true, false, true].map(|is_done| have.insert(&run(3, 5), is_done));
+            [false, false, true, false, true].map(|is_done| finished.insert(&run(3, 5), is_done));
         assert_eq!(
             added,
             [Added::First, Added::Nothing, Added::Better, Added::Nothing, Added::Nothing]
         );
-        assert_eq!((have.count(), have.is_done(3), have.is_done(2)), (1, true, false));
-        assert_eq!(have.insert(&run(0, 5), true), Added::First);
-        assert_eq!(have.insert(&run(0, 5), false), Added::Nothing);
+        assert_eq!((finished.count(), finished.is_done(3), finished.is_done(2)), (1, true, false));
+        assert_eq!(finished.insert(&run(0, 5), true), Added::First);
+        assert_eq!(finished.insert(&run(0, 5), false), Added::Nothing);
     }
 
     #[test]
     fn missing_jobs_are_ranges() {
-        let mut have = Have::default();
-        assert!(!have.is_complete() && have.missing(9) == (vec![], 0) && have.lacking().is_none());
-        have.expect(130);
-        assert_eq!((have.missing(9), have.lacking()), ((vec![(0, 129)], 0), Some(130)));
+        let mut finished = FinishedJobs::default();
+        assert!(
+            !finished.is_complete()
+                && finished.missing(9) == (vec![], 0)
+                && finished.lacking().is_none()
+        );
+        finished.expect(130);
+        assert_eq!((finished.missing(9), finished.lacking()), ((vec![(0, 129)], 0), Some(130)));
         for index in (0..130).filter(|index| ![0, 64, 65, 129].contains(index)) {
-            have.insert(&run(index, 130), true);
+            finished.insert(&run(index, 130), true);
         }
-        assert_eq!(have.missing(9), (vec![(0, 0), (64, 65), (129, 129)], 0));
-        assert_eq!(have.missing(1), (vec![(0, 0)], 2));
-        assert_eq!((have.count(), have.lacking()), (126, Some(4)));
-        have.expect(200);
-        assert_eq!(have.missing(9).0[2], (129, 199));
+        assert_eq!(finished.missing(9), (vec![(0, 0), (64, 65), (129, 129)], 0));
+        assert_eq!(finished.missing(1), (vec![(0, 0)], 2));
+        assert_eq!((finished.count(), finished.lacking()), (126, Some(4)));
+        finished.expect(200);
+        assert_eq!(finished.missing(9).0[2], (129, 199));
     }
 
     #[test]
     fn a_cancelled_run_is_complete_with_what_was_sent() {
-        let mut have = Have::default();
+        let mut finished = FinishedJobs::default();
         for index in 0..10 {
-            have.insert(&run(index, 100), index % 2 == 0);
+            finished.insert(&run(index, 100), index % 2 == 0);
         }
-        assert!(!have.is_complete() && have.lacking() == Some(90));
-        have.only(12);
-        assert_eq!((have.jobs(), have.lacking()), (Some(12), Some(2)));
+        assert!(!finished.is_complete() && finished.lacking() == Some(90));
+        finished.only(12);
+        assert_eq!((finished.jobs(), finished.lacking()), (Some(12), Some(2)));
         // A mark that is behind what was sent, or is gone: more jobs than that have a result.
-        have.only(0);
-        assert_eq!((have.jobs(), have.lacking(), have.is_complete()), (Some(10), Some(0), true));
-        assert_eq!((have.planned(), have.is_whole()), (Some(100), false));
+        finished.only(0);
+        assert_eq!(
+            (finished.jobs(), finished.lacking(), finished.is_complete()),
+            (Some(10), Some(0), true)
+        );
+        assert_eq!((finished.planned(), finished.is_whole()), (Some(100), false));
     }
 }

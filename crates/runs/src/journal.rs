@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use angler_wire::job::Run;
 
-use super::have::{Added, Bits, Have};
+use super::finished_jobs::{Added, Bits, FinishedJobs};
 use super::result::{RunKey, RunResult};
 
 /// What a journal's first line calls it.
@@ -27,7 +27,7 @@ pub struct Journal {
     run: RunKey,
     /// Length of the first line.
     head: u64,
-    have: Have,
+    finished: FinishedJobs,
 }
 
 /// Why a journal cannot be used. None of them changes the file.
@@ -101,15 +101,16 @@ impl Journal {
         let file = lock(path)?;
         let run = RunKey { id: id.to_owned(), nonce: String::new() };
         let mut lines = BufReader::with_capacity(1 << 16, &file);
-        let mut reading = Reading { path, run, head: 0, whole: 0, have: Have::default() };
+        let mut reading =
+            Reading { path, run, head: 0, whole: 0, finished: FinishedJobs::default() };
         reading.all(&mut lines)?;
-        let Reading { run, head, whole, have, .. } = reading;
+        let Reading { run, head, whole, finished, .. } = reading;
         if file.metadata().map_err(failed)?.len() > whole {
             file.set_len(whole).map_err(failed)?;
         }
         let mut file = BufWriter::with_capacity(1 << 18, file);
         file.seek(SeekFrom::Start(whole)).map_err(failed)?;
-        Ok(Self { path: path.to_owned(), file, run, head, have })
+        Ok(Self { path: path.to_owned(), file, run, head, finished })
     }
 
     /// Names the run in an empty journal. A journal that is not empty must be this run's.
@@ -161,7 +162,7 @@ impl Journal {
     /// # Errors
     /// The system refused it: the disk is full.
     pub fn push(&mut self, run: &Run, is_done: bool, line: &[u8]) -> Result<Added, JournalError> {
-        let added = self.have.insert(run, is_done);
+        let added = self.finished.insert(run, is_done);
         if added != Added::Nothing {
             let write = |file: &mut BufWriter<File>| {
                 file.write_all(line)?;
@@ -183,18 +184,18 @@ impl Journal {
     }
 
     /// The jobs that have a result.
-    pub fn have(&self) -> &Have {
-        &self.have
+    pub fn finished(&self) -> &FinishedJobs {
+        &self.finished
     }
 
     /// Notes how many jobs the run has.
     pub fn expect(&mut self, jobs: u64) {
-        self.have.expect(jobs);
+        self.finished.expect(jobs);
     }
 
     /// Notes that the run was cancelled after its first `sent` jobs.
     pub fn only(&mut self, sent: u64) {
-        self.have.only(sent);
+        self.finished.only(sent);
     }
 
     /// Hands the result that counts of each job to `each`, with the job's number and its line, in the
@@ -218,7 +219,7 @@ impl Journal {
             let line = line.trim_ascii_end();
             let Some(Run { index, .. }) = self.run.job_of(line) else { continue };
             let result = RunResult::read(line, &self.run);
-            if result.is_done() == self.have.is_done(index) && told.insert(index) {
+            if result.is_done() == self.finished.is_done(index) && told.insert(index) {
                 each(index, result, line)?;
             }
         }
@@ -280,7 +281,7 @@ struct Reading<'a> {
     head: u64,
     /// Bytes of whole lines.
     whole: u64,
-    have: Have,
+    finished: FinishedJobs,
 }
 
 impl Reading<'_> {
@@ -311,7 +312,7 @@ impl Reading<'_> {
             let (path, run) = (self.path.to_owned(), self.run.id.clone());
             return Err(JournalError::Line { path, line: number, run });
         };
-        self.have.insert(&of, RunResult::read(line, &self.run).is_done());
+        self.finished.insert(&of, RunResult::read(line, &self.run).is_done());
         Ok(())
     }
 
@@ -394,11 +395,11 @@ mod tests {
         drop(journal);
         folder.append(&body(1, "done").as_bytes()[..20]); // Killed in the middle of a line.
         let mut journal = folder.open().unwrap();
-        assert_eq!(journal.have().count(), 2);
-        assert_eq!(journal.have().missing(9).0, [(1, 2), (4, 4)]);
+        assert_eq!(journal.finished().count(), 2);
+        assert_eq!(journal.finished().missing(9).0, [(1, 2), (4, 4)]);
         let added = [1, 2, 4, 0].map(|index| push(&mut journal, index, "done"));
         assert_eq!(added, [Added::First, Added::First, Added::First, Added::Nothing]);
-        assert!(journal.have().is_complete());
+        assert!(journal.finished().is_complete());
         assert_eq!(read(&mut journal), [3, 0, 1, 2, 4].map(|index| (index, true)));
         journal.remove().unwrap();
         assert!(!folder.path().exists());
@@ -413,7 +414,7 @@ mod tests {
         let [first, nothing] = [Added::First, Added::Nothing];
         assert_eq!(added, [first, first, Added::Better, nothing, nothing]);
         for _ in 0..2 {
-            assert_eq!((journal.have().count(), journal.have().is_done(1)), (2, true));
+            assert_eq!((journal.finished().count(), journal.finished().is_done(1)), (2, true));
             assert_eq!(read(&mut journal), [(0, false), (1, true)]);
             journal.sync().unwrap();
             drop(journal);
@@ -444,7 +445,7 @@ mod tests {
             assert_eq!(folder.text(), before);
             std::fs::write(path, &good).unwrap();
         }
-        assert_eq!(folder.open().unwrap().have().count(), 1);
+        assert_eq!(folder.open().unwrap().finished().count(), 1);
     }
 
     #[test]
@@ -459,7 +460,7 @@ mod tests {
         assert!(matches!(error, JournalError::Locked { .. }), "{error}");
         assert_eq!(folder.text(), before);
         drop(journal);
-        assert_eq!(folder.open().unwrap().have().count(), 1);
+        assert_eq!(folder.open().unwrap().finished().count(), 1);
     }
 
     #[test]

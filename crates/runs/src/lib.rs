@@ -10,7 +10,7 @@
 pub mod collector;
 pub mod embeddings;
 pub mod enqueuer;
-pub mod have;
+pub mod finished_jobs;
 pub mod journal;
 pub mod manifest;
 pub mod mark;

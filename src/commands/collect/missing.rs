@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use angler_amqp::ask::look_at;
 use angler_amqp::connect;
-use angler_runs::have::Have;
+use angler_runs::finished_jobs::FinishedJobs;
 
 use crate::app::App;
 use crate::commands::dead;
@@ -17,9 +17,9 @@ use crate::commands::dead;
 const RANGES: usize = 10;
 
 /// Says which jobs have no result.
-pub(super) fn missing(have: &Have) -> String {
-    let (Some(jobs), Some(lacking)) = (have.jobs(), have.lacking()) else {
-        return match have.count() {
+pub(super) fn missing(finished: &FinishedJobs) -> String {
+    let (Some(jobs), Some(lacking)) = (finished.jobs(), finished.lacking()) else {
+        return match finished.count() {
             0 => "no result has come yet".to_owned(),
             count => format!("{count} jobs have a result, and how many the run has is unknown"),
         };
@@ -27,7 +27,7 @@ pub(super) fn missing(have: &Have) -> String {
     if lacking == 0 {
         return format!("all {jobs} jobs have a result");
     }
-    let (ranges, more) = have.missing(RANGES);
+    let (ranges, more) = finished.missing(RANGES);
     let ranges: Vec<String> = ranges
         .iter()
         .map(|(first, last)| match first == last {
@@ -94,18 +94,18 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_said_as_far_as_it_is_known() {
-        let mut have = Have::default();
-        assert_eq!(missing(&have), "no result has come yet");
-        have.expect(3);
-        assert_eq!(missing(&have), "3 of 3 jobs have no result, numbers 0-2");
+        let mut finished = FinishedJobs::default();
+        assert_eq!(missing(&finished), "no result has come yet");
+        finished.expect(3);
+        assert_eq!(missing(&finished), "3 of 3 jobs have no result, numbers 0-2");
         for index in [0, 2, 1] {
             let run = Run { id: "n".to_owned(), jobs: 3, index, nonce: None };
-            have.insert(&run, true);
-            have.only(0); // Its mark is gone.
-            assert!(!missing(&have).contains("of 0"), "{}", missing(&have));
+            finished.insert(&run, true);
+            finished.only(0); // Its mark is gone.
+            assert!(!missing(&finished).contains("of 0"), "{}", missing(&finished));
         }
-        assert_eq!(missing(&have), "all 3 jobs have a result");
-        have.expect(100);
-        assert_eq!(missing(&have), "all 3 jobs have a result");
+        assert_eq!(missing(&finished), "all 3 jobs have a result");
+        finished.expect(100);
+        assert_eq!(missing(&finished), "all 3 jobs have a result");
     }
 }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use angler_runs::have::Added;
+use angler_runs::finished_jobs::Added;
 use angler_runs::result::{Embeddings, Outcome, RunResult, UNREADABLE, Verdict};
 
 /// Labels that are shown.

@@ -67,8 +67,9 @@ impl DeadLetter {
             .or(broker_reason)
             .or_else(|| string_header(headers, "x-first-death-reason"))
             .unwrap_or_else(|| "unknown".to_owned());
-        let told = string_header(headers, DIED_AT);
-        let told = told.and_then(|text| humantime::parse_rfc3339(&text).ok());
+        let recorded_by_worker = string_header(headers, DIED_AT);
+        let recorded_by_worker =
+            recorded_by_worker.and_then(|text| humantime::parse_rfc3339(&text).ok());
         let recorded = match death.and_then(|death| death.inner().get("time")) {
             Some(AMQPValue::Timestamp(seconds)) => {
                 SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(*seconds))
@@ -84,7 +85,7 @@ impl DeadLetter {
             attempts: number_header(headers, "angler-attempts")
                 .or_else(|| number_header(headers, "angler-attempt")),
             error: string_header(headers, "angler-error"),
-            died_at: told.or(recorded),
+            died_at: recorded_by_worker.or(recorded),
             queue: string_header(headers, JOBS_QUEUE)
                 .or_else(|| string_header(headers, "x-first-death-queue")),
             body: data,

@@ -111,13 +111,13 @@ impl AmqpSource {
         let Live { suspects: channel, suspect_acks: acks, lost, .. } = live;
         let (channel, acks, lost) = (channel.clone(), acks.clone(), lost.clone());
         let (reader, queue) = (self.reader.clone(), self.reader.topology.suspects_queue());
-        let (tell, told) = oneshot::channel();
+        let (sender, receiver) = oneshot::channel();
         tokio::spawn(async move {
             let get = channel.basic_get(short(&queue), BasicGetOptions::default());
             match timeout(GET_AT_LAST, get).await {
                 Ok(Ok(Some(got))) => {
                     let incoming = reader.read(Origin::Suspects, got.delivery, &acks, lost);
-                    let _ = tell.send(incoming); // What nobody takes goes back.
+                    let _ = sender.send(incoming); // What nobody takes goes back.
                 }
                 Ok(Ok(None)) => {}
                 Ok(Err(error)) => tracing::debug!(queue, "suspects cannot be read: {error}"),
@@ -127,7 +127,7 @@ impl AmqpSource {
                 }
             }
         });
-        timeout(GET, told).await.ok()?.ok()
+        timeout(GET, receiver).await.ok()?.ok()
     }
 }
 

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
-use tokio::sync::Mutex as Turn;
+use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::{Instant, sleep, timeout};
 
 use angler_inference::embed::ClassMemory;
@@ -80,7 +80,7 @@ struct Root {
     options: CatalogOptions,
     state: Mutex<State>,
     /// One pinned version is loaded at a time, so that many do not fill the memory at once.
-    pinned_loads: Turn<()>,
+    pinned_loads: AsyncMutex<()>,
 }
 
 #[derive(Default)]
@@ -95,7 +95,7 @@ struct Pinned {
     set: String,
     version: String,
     /// Held by whoever loads it; the failure of the last who tried, and until when it holds.
-    turn: Turn<Option<(ClassesError, Instant)>>,
+    failure: AsyncMutex<Option<(ClassesError, Instant)>>,
     loaded: OnceLock<Loaded>,
 }
 
@@ -117,7 +117,8 @@ impl Catalog {
         dim: usize,
         options: CatalogOptions,
     ) -> Self {
-        let root = Root { store, options, state: Mutex::default(), pinned_loads: Turn::default() };
+        let root =
+            Root { store, options, state: Mutex::default(), pinned_loads: AsyncMutex::default() };
         let expected = Expected { model: model.to_owned(), dim };
         Self { origin: Origin::Root(root), expected, memories: Vec::new() }
     }
@@ -190,10 +191,10 @@ impl Catalog {
     pub async fn refresh(&self, set: &str) -> Option<SetStatus> {
         let Origin::Root(root) = &self.origin else { return None };
         let set = root.state().sets.get(set).cloned()?;
-        let mut dealt_with = set.turn.lock().await;
+        let mut checked = set.checked.lock().await;
         set.serving()?;
         // What comes of it is in the status.
-        let _ = self.follow(root, &set, &mut dealt_with).await;
+        let _ = self.follow(root, &set, &mut checked).await;
         set.status()
     }
 
@@ -228,7 +229,7 @@ impl Catalog {
 
     /// A set that is not served yet.
     async fn first(&self, root: &Root, set: &Arc<Set>) -> Result<Arc<ClassVectors>, ClassesError> {
-        let mut dealt_with = set.turn.lock().await;
+        let mut checked = set.checked.lock().await;
         // Whoever waited takes what the one before it brought, good or bad.
         if let Some(loaded) = set.serving() {
             return Ok(loaded.classes);
@@ -236,7 +237,7 @@ impl Catalog {
         if let Some(error) = set.failure() {
             return Err(error);
         }
-        let classes = self.follow(root, set, &mut dealt_with).await;
+        let classes = self.follow(root, set, &mut checked).await;
         root.state().trim(root.options.cache_bytes);
         classes
     }
@@ -246,11 +247,11 @@ impl Catalog {
         &self,
         root: &Root,
         set: &Set,
-        dealt_with: &mut Option<ETag>,
+        checked: &mut Option<ETag>,
     ) -> Result<Arc<ClassVectors>, ClassesError> {
         let serving = set.serving();
         // An ETag is of use only beside what was made of it.
-        let known = dealt_with.clone().filter(|_| serving.is_some());
+        let known = checked.clone().filter(|_| serving.is_some());
         let key = active_key(&set.name);
         let answer = timeout(SILENCE, root.store.get(&key, known.as_ref())).await;
         let got = match answer {
@@ -271,7 +272,7 @@ impl Catalog {
                 None => Err(ClassesError::Unavailable("no ETag was sent, and none fits".into())),
             },
             Ok(Got::Missing) => {
-                *dealt_with = None;
+                *checked = None;
                 Err(ClassesError::UnknownSet {
                     set: set.name.clone(),
                     reason: format!(
@@ -294,7 +295,7 @@ impl Catalog {
                 };
                 // What can pass by itself is tried again at the next look.
                 if !matches!(found, Err(ClassesError::Unavailable(_))) {
-                    *dealt_with = Some(etag);
+                    *checked = Some(etag);
                 }
                 found
             }
@@ -337,7 +338,7 @@ impl Catalog {
 
     /// A pinned version that is not in memory yet.
     async fn pin(&self, root: &Root, pinned: &Pinned) -> Result<Arc<ClassVectors>, ClassesError> {
-        let mut failure = pinned.turn.lock().await;
+        let mut failure = pinned.failure.lock().await;
         if let Some(loaded) = pinned.loaded.get() {
             return Ok(Arc::clone(&loaded.classes));
         }
@@ -405,7 +406,7 @@ impl Root {
         let new = Arc::new(Pinned {
             set: set.to_owned(),
             version: version.to_owned(),
-            turn: Turn::default(),
+            failure: AsyncMutex::default(),
             loaded: OnceLock::new(),
         });
         state.pinned.push(Arc::clone(&new));

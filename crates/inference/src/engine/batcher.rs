@@ -18,7 +18,7 @@ use super::{Batch, EngineStats, Image, Item};
 pub(super) struct Batcher {
     pub policy: BatchPolicy,
     /// Embedders that take batches; fewer when one breaks.
-    pub lanes: Arc<AtomicUsize>,
+    pub sessions: Arc<AtomicUsize>,
     pub items: mpsc::Receiver<Item>,
     pub frames: Arc<Frames>,
     pub batches: mpsc::Sender<Work>,
@@ -43,11 +43,11 @@ impl Batcher {
         let mut batch = Growing::default();
         loop {
             let in_flight = *self.in_flight_seen.borrow_and_update();
-            let lanes = self.lanes.load(Ordering::SeqCst);
-            if lanes == 0 {
+            let sessions = self.sessions.load(Ordering::SeqCst);
+            if sessions == 0 {
                 return; // The last one broke: what waits is answered by being dropped.
             }
-            let idle = in_flight < lanes;
+            let idle = in_flight < sessions;
             let draining = *self.draining.borrow_and_update();
             let images = batch.written.len();
             let forming = Forming { images, waited: batch.oldest.elapsed(), idle, draining };

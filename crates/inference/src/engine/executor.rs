@@ -49,7 +49,7 @@ pub(super) struct Shared {
     /// For what a broken back end leaves. Weak, so that the threads end with the batcher.
     pub others: mpsc::WeakSender<Work>,
     /// Embedders that go on.
-    pub lanes: Arc<AtomicUsize>,
+    pub sessions: Arc<AtomicUsize>,
     pub on_failure: OnFailure,
     pub in_flight: watch::Sender<usize>,
     pub broken: Arc<watch::Sender<Option<Reason>>>,
@@ -60,19 +60,19 @@ pub(super) struct Shared {
 
 /// Warms the embedder on its own thread and starts taking batches.
 pub(super) fn spawn(
-    lane: usize,
+    session: usize,
     embedder: Box<dyn Embedder>,
     size: (u32, u32),
     shared: Shared,
 ) -> Result<std::thread::JoinHandle<()>, Reason> {
     let (warmed, warm) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::Builder::new()
-        .name(format!("angler-embed-{lane}"))
+        .name(format!("angler-embed-{session}"))
         .spawn(move || {
             let scoring_failed = false;
             let (limit, trace) = (usize::MAX, None);
             let mut executor =
-                Executor { lane, embedder, size, limit, scoring_failed, trace, shared };
+                Executor { session, embedder, size, limit, scoring_failed, trace, shared };
             let result = executor.warm();
             let ready = result.is_ok();
             // Nobody waits any more only if the start was given up.
@@ -86,7 +86,7 @@ pub(super) fn spawn(
 }
 
 struct Executor {
-    lane: usize,
+    session: usize,
     embedder: Box<dyn Embedder>,
     size: (u32, u32),
     /// The most images at once, since the device had no memory for more.
@@ -219,8 +219,8 @@ impl Executor {
     /// Ends this thread: others take what it leaves, or the engine is broken. Images that are
     /// dropped unanswered are seen as [`SubmitError::Gone`].
     fn leave(self, reason: Reason, left: Left) {
-        let Self { lane, shared, .. } = self;
-        let others = shared.lanes.fetch_sub(1, Ordering::SeqCst) - 1;
+        let Self { session, shared, .. } = self;
+        let others = shared.sessions.fetch_sub(1, Ordering::SeqCst) - 1;
         if others == 0 || shared.on_failure == OnFailure::Exit {
             // Said before the images are given up: a worker whose last jobs end by that must
             // not take it for a drain that went well.
@@ -233,7 +233,7 @@ impl Executor {
             return;
         }
         tracing::error!(
-            session = lane,
+            session,
             "a back end is broken for good and is taken out, {others} go on: {}",
             chain(&reason)
         );
@@ -302,7 +302,7 @@ impl Executor {
     fn begin_trace(&self, images: &[Image], closed: Option<CloseReason>) -> Option<BatchTrace> {
         let jobs = images.iter().filter_map(|image| image.want.trace.as_ref());
         let backend = self.embedder.backend().as_str();
-        let facts = BatchFacts { images: images.len(), closed, backend, session: self.lane };
+        let facts = BatchFacts { images: images.len(), closed, backend, session: self.session };
         BatchTrace::begin(jobs, facts)
     }
 
@@ -323,7 +323,7 @@ impl Executor {
             self.limit = limit;
             self.shared.stats.metrics.limit_batches(limit);
             tracing::warn!(
-                session = self.lane,
+                session = self.session,
                 "no memory for {images} images at once, from now on at most {limit}: {}",
                 chain(reason)
             );
@@ -335,7 +335,7 @@ impl Executor {
         self.shared.stats.metrics.out_of_memory();
         let calls = self.embedder.shapes();
         tracing::warn!(
-            session = self.lane,
+            session = self.session,
             ?calls,
             "no memory for {images} images at once, calls are smaller from now on: {}",
             chain(reason)

@@ -120,12 +120,12 @@ impl Probe {
             }
         }
         // Without an answer, or with a gateway's, it may have been written.
-        let told = match &error {
+        let was_refused = match &error {
             SdkError::ConstructionFailure(_) => true,
             SdkError::ServiceError(answer) => answer.raw().status().as_u16() < 500,
             _ => false,
         };
-        if !told && self.read(key).await == Ok(true) {
+        if !was_refused && self.read(key).await == Ok(true) {
             return Ok(self.take_away(key).await);
         }
         Err(refusal(&error))

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::Mutex as Turn;
+use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::Instant;
 
 use angler_vectors::ClassesError;
@@ -18,8 +18,8 @@ use crate::store::ETag;
 /// One set's active version.
 pub(super) struct Set {
     pub name: String,
-    /// Held by whoever looks at `active.json`; the ETag of the one that was dealt with last.
-    pub turn: Turn<Option<ETag>>,
+    /// The ETag of the `active.json` that was checked last; locked while another is checked.
+    pub checked: AsyncMutex<Option<ETag>>,
     seen: Mutex<Seen>,
     /// When a job asked for it last.
     used: Mutex<Instant>,
@@ -45,7 +45,7 @@ impl Set {
     pub fn new(name: &str) -> Self {
         Self {
             name: name.to_owned(),
-            turn: Turn::default(),
+            checked: AsyncMutex::default(),
             seen: Mutex::default(),
             used: Mutex::new(Instant::now()),
             kept: AtomicBool::new(false),

@@ -71,28 +71,28 @@ impl Assignment {
         let (mut subgraphs, mut count) = (ptr::null(), 0);
         // SAFETY: the session is alive, and owns what it lends here for as long as it lives.
         let subgraphs: &[*const OrtEpAssignedSubgraph] = unsafe {
-            told((api.Session_GetEpGraphAssignmentInfo)(
+            check_status((api.Session_GetEpGraphAssignmentInfo)(
                 session.ptr(),
                 &mut subgraphs,
                 &mut count,
             ))?;
-            lent(subgraphs, count)
+            borrowed(subgraphs, count)
         };
         let mut providers: BTreeMap<String, BTreeMap<String, usize>> = BTreeMap::new();
         for subgraph in subgraphs {
             let (mut name, mut nodes, mut count) = (ptr::null(), ptr::null(), 0);
             // SAFETY: the pointer is one of the session's own, and what is read from it, too.
             let (name, nodes): (String, &[*const OrtEpAssignedNode]) = unsafe {
-                told((api.EpAssignedSubgraph_GetEpName)(*subgraph, &mut name))?;
-                told((api.EpAssignedSubgraph_GetNodes)(*subgraph, &mut nodes, &mut count))?;
-                (text(name), lent(nodes, count))
+                check_status((api.EpAssignedSubgraph_GetEpName)(*subgraph, &mut name))?;
+                check_status((api.EpAssignedSubgraph_GetNodes)(*subgraph, &mut nodes, &mut count))?;
+                (text(name), borrowed(nodes, count))
             };
             let operators = providers.entry(name).or_default();
             for node in nodes {
                 let mut operator = ptr::null();
                 // SAFETY: as above.
                 let operator = unsafe {
-                    told((api.EpAssignedNode_GetOperatorType)(*node, &mut operator))?;
+                    check_status((api.EpAssignedNode_GetOperatorType)(*node, &mut operator))?;
                     text(operator)
                 };
                 *operators.entry(operator).or_default() += 1;
@@ -143,7 +143,7 @@ const CPU: &str = "CPUExecutionProvider";
 ///
 /// # Safety
 /// The status is ONNX Runtime's and was not released.
-unsafe fn told(status: OrtStatusPtr) -> Result<(), Reason> {
+unsafe fn check_status(status: OrtStatusPtr) -> Result<(), Reason> {
     if status.0.is_null() {
         return Ok(());
     }
@@ -158,7 +158,7 @@ unsafe fn told(status: OrtStatusPtr) -> Result<(), Reason> {
 
 /// # Safety
 /// `first` is null or begins `count` elements that outlive the borrow.
-unsafe fn lent<'a, T>(first: *const T, count: usize) -> &'a [T] {
+unsafe fn borrowed<'a, T>(first: *const T, count: usize) -> &'a [T] {
     if first.is_null() || count == 0 {
         return &[];
     }
