@@ -38,16 +38,19 @@ pub(super) enum NpyError {
     Read(#[from] io::Error),
 }
 
+/// Appends stored values as f32.
+type Append = fn(&[u8], &mut Vec<f32>);
+
 /// How a value is stored.
 #[derive(Clone, Copy)]
 struct Element {
     bytes: usize,
-    append: fn(&[u8], &mut Vec<f32>),
+    append: Append,
 }
 
 impl Element {
     fn of(descriptor: &str) -> Option<Self> {
-        let (bytes, append): (_, fn(&[u8], &mut Vec<f32>)) = match descriptor {
+        let (bytes, append): (_, Append) = match descriptor {
             "<f2" => (2, |b, all| extend(b, all, |b| f16::from_le_bytes(b).to_f32())),
             ">f2" => (2, |b, all| extend(b, all, |b| f16::from_be_bytes(b).to_f32())),
             "<f4" => (4, |b, all| extend(b, all, f32::from_le_bytes)),
