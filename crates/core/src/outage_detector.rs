@@ -175,8 +175,13 @@ impl Outage {
 
     /// Decides what an image's error means: its own fault, or that of an outage, which is then
     /// certain. A denial that cannot be told apart yet is [`StoreFault::Unconfirmed`].
+    ///
+    /// A denial is the object's own fault only if it is repeated after the store was found usable: the first
+    /// one may be of an outage that has ended since. If it is not repeated, the error becomes
+    /// `storage_unavailable`, and another attempt will read the object.
     pub async fn explain(
         &self,
+        uri: &str,
         error: ImageError,
         store: &dyn ImageStore,
         budget: &ByteBudget,
@@ -193,9 +198,22 @@ impl Outage {
         match cause {
             _ if certain(&trouble) => error.with(StoreFault::Outage),
             Some(Cause::Denied) if nothing_read => error.with(StoreFault::Unconfirmed),
-            Some(Cause::Denied) => error.with(StoreFault::None),
+            Some(Cause::Denied) if self.is_denied(uri, store, budget).await => {
+                error.with(StoreFault::None)
+            }
+            Some(Cause::Denied) => ImageError::new(
+                ImageErrorCode::StorageUnavailable,
+                format!("the store denied access to {uri} during an outage"),
+            ),
             _ => error,
         }
+    }
+
+    /// Returns whether the store denies access to this object now.
+    async fn is_denied(&self, uri: &str, store: &dyn ImageStore, budget: &ByteBudget) -> bool {
+        let answer = timeout(PROBE, store.probe(uri, budget)).await;
+        answer
+            .is_ok_and(|answer| answer.is_err_and(|error| Cause::of(&error) == Some(Cause::Denied)))
     }
 
     /// Looks whether the store can be used now; yields why not. Those who ask while a check is
@@ -448,7 +466,8 @@ mod tests {
             let mut fault = StoreFault::None;
             for _ in 0..times {
                 self.outage.note(uri, Some(&error(cause)));
-                let explained = self.outage.explain(error(cause), &*self.store, &self.budget).await;
+                let explained =
+                    self.outage.explain(uri, error(cause), &*self.store, &self.budget).await;
                 fault = explained.fault;
             }
             fault
@@ -583,12 +602,26 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_denial_is_the_objects_own_only_if_it_is_repeated_once_the_store_is_usable() {
+        let World { outage, store, budget, .. } = &World::new();
+        outage.note("a", None);
+        // Refused in an outage that has ended before anybody looks.
+        let denied = error(Cause::Denied);
+        let explained = outage.explain("x", denied.clone(), &**store, budget).await;
+        assert_eq!(explained.code, ImageErrorCode::StorageUnavailable, "{explained}");
+        assert!(explained.message.contains('x'), "{explained}");
+        store.fail(&["x"], Cause::Denied);
+        assert_eq!(outage.explain("x", denied.clone(), &**store, budget).await, denied);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn those_who_ask_at_once_share_a_check() {
         let world = World::new();
         let World { outage, store, budget, .. } = &world;
         outage.note("a", None);
-        let asking = (0..100)
-            .map(|_| async { outage.explain(error(Cause::Denied), &**store, budget).await.fault });
+        let asking = (0..100).map(|_| async {
+            outage.explain("x", error(Cause::Denied), &**store, budget).await.fault
+        });
         let faults = futures_util::future::join_all(asking).await;
         assert!(faults.into_iter().all(|fault| fault == StoreFault::None));
         assert_eq!(store.probes(), 2, "the first one's, and one that began after all had asked");

@@ -113,9 +113,9 @@ impl Pipeline {
     }
 
     /// Decides what an image's error means for the store, if that is watched.
-    pub async fn explain(&self, error: ImageError) -> ImageError {
+    pub async fn explain(&self, uri: &str, error: ImageError) -> ImageError {
         match &self.outage {
-            Some(outage) => outage.explain(error, self.store.as_ref(), &self.budget).await,
+            Some(outage) => outage.explain(uri, error, self.store.as_ref(), &self.budget).await,
             None => error,
         }
     }
@@ -183,7 +183,7 @@ impl Pipeline {
                 outage.note(uri, fetched.as_ref().err());
             }
             let fetched = match fetched {
-                Err(error) => Err(self.explain(error).await),
+                Err(error) => Err(self.explain(uri, error).await),
                 fetched => fetched,
             };
             let unavailable = |e: &ImageError| e.code == ImageErrorCode::StorageUnavailable;

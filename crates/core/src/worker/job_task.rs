@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use futures_util::{StreamExt, stream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout_at};
@@ -29,6 +30,9 @@ use crate::worker::job_tracking::JobTracking;
 /// Images of a suspect in flight at once. If what ended the worker was too little memory for many
 /// large images at once, it now passes.
 const SUSPECT_IMAGES: usize = 4;
+
+/// Denials that are looked into at once.
+const DENIALS_AT_ONCE: usize = 16;
 
 /// The end of a job that should be tried again and cannot be.
 ///
@@ -359,31 +363,44 @@ impl JobTask {
         attempt: u32,
     ) -> Result<(), JobError> {
         let images = entries.len();
-        let mut errors: Vec<&mut ImageError> = entries
-            .iter_mut()
-            .filter_map(|entry| match &mut entry.verdict {
+        self.confirm_denials(entries).await;
+        let errors: Vec<&ImageError> = entries
+            .iter()
+            .filter_map(|entry| match &entry.verdict {
                 Verdict::Failed { error } if error.is_transient() => Some(error),
                 _ => None,
             })
             .collect();
-        // By now an image may have been read, and then a denial can be told from a missing grant.
-        if let Some(denied) = errors.iter().find(|e| e.fault == StoreFault::Unconfirmed) {
-            let fault = self.core.pipeline.explain((**denied).clone()).await.fault;
-            let unconfirmed = errors.iter_mut().filter(|e| e.fault == StoreFault::Unconfirmed);
-            unconfirmed.for_each(|e| e.fault = fault);
-            errors.retain(|e| e.is_transient());
-        }
         if errors.iter().any(|e| e.fault == StoreFault::Outage) {
             return Err(JobError::Abandoned("the store cannot be used"));
         }
         let Some(first) = errors.first() else { return Ok(()) };
         let again = self.core.options.retry.delay_after(attempt).is_some();
-        let unavailable = |e: &&mut ImageError| e.code == ImageErrorCode::StorageUnavailable;
+        let unavailable = |e: &&ImageError| e.code == ImageErrorCode::StorageUnavailable;
         let nothing_known = errors.len() == images && errors.iter().all(unavailable);
         if again || (nothing_known && !self.core.options.every_image) {
             return Err(JobError::transient(first.message.as_str()));
         }
         Ok(())
+    }
+
+    /// Explains the denials that could not be told from a missing grant. By now an image may have been
+    /// read, and then they can.
+    async fn confirm_denials(&self, entries: &mut [ImageEntry]) {
+        let mut unconfirmed = Vec::new();
+        for (index, entry) in entries.iter().enumerate() {
+            if let Verdict::Failed { error } = &entry.verdict
+                && error.fault == StoreFault::Unconfirmed
+            {
+                let (pipeline, uri) = (Arc::clone(&self.core.pipeline), entry.uri.clone());
+                let error = error.clone();
+                unconfirmed.push(async move { (index, pipeline.explain(&uri, error).await) });
+            }
+        }
+        let mut confirming = stream::iter(unconfirmed).buffer_unordered(DENIALS_AT_ONCE);
+        while let Some((index, error)) = confirming.next().await {
+            entries[index].verdict = Verdict::Failed { error };
+        }
     }
 
     async fn image_outcome(
