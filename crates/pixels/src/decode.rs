@@ -2,14 +2,14 @@
 
 use std::error::Error as _;
 use std::io::Cursor;
-use std::panic::catch_unwind;
 
+use image::codecs::jpeg::JpegDecoder;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageBuffer, ImageDecoder, ImageFormat, ImageReader, Pixel, RgbImage};
 
 use angler_wire::error::{ImageError, ImageErrorCode};
 
-use super::{PixelLimits, PixelSpec, container, jpeg, resize, sniff};
+use super::{PixelLimits, PixelSpec, container, guard, jpeg, resize, sniff, tiff};
 
 /// The longest side that is taken, in pixels: what JPEG, GIF and BMP can say at most. A longer one
 /// would let a strip a pixel high, harmless by its area, ask for gigabytes of resampling weights.
@@ -49,6 +49,14 @@ pub(super) struct Stored {
     pub orientation: Orientation,
 }
 
+impl Stored {
+    /// All pixels of a file, as red, green and blue.
+    pub(super) fn whole(image: RgbImage, orientation: Orientation) -> Self {
+        let (colours, size) = (Colours::Rgb, image.dimensions());
+        Self { image, colours, size, eighths: 8, orientation }
+    }
+}
+
 /// Decodes an image file to upright 8-bit RGB, shape [H, W, 3], of whatever size the file has.
 ///
 /// Grey, palette, 16-bit (the high byte counts) and CMYK become RGB, transparency is composed over
@@ -57,7 +65,10 @@ pub(super) struct Stored {
 /// # Errors
 /// As [`preprocess`](super::preprocess).
 pub fn decode(bytes: &[u8], limits: PixelLimits) -> Result<RgbImage, ImageError> {
-    let stored = decode_stored(bytes, None, limits)?;
+    let mut stored = decode_stored(bytes, None, limits)?;
+    if stored.colours == Colours::YCbCr {
+        jpeg::to_rgb(&mut stored.image);
+    }
     Ok(resize::upright(stored.image, stored.orientation))
 }
 
@@ -77,23 +88,49 @@ fn decode_stored(
 ) -> Result<Stored, ImageError> {
     let format = sniff::format(bytes)?;
     // The decoders are other people's and the bytes are anyone's. A panic must cost this image only.
-    catch_unwind(|| decode_format(bytes, format, spec, limits)).unwrap_or_else(|_| {
-        Err(ImageError::new(
-            ImageErrorCode::Internal,
-            format!("the {} decoder panicked", name(format)),
-        ))
+    guard::guarded(name(format), || match format {
+        ImageFormat::Jpeg => decode_jpeg(bytes, spec, limits),
+        ImageFormat::Tiff => tiff::decode(bytes, limits),
+        _ => decode_other(bytes, format, limits),
     })
 }
 
-fn decode_format(
+/// A JPEG, at a fraction of its size if that is enough for `spec`.
+fn decode_jpeg(
+    bytes: &[u8],
+    spec: Option<&PixelSpec>,
+    limits: PixelLimits,
+) -> Result<Stored, ImageError> {
+    let header = jpeg::Header::read(bytes, limits)?;
+    let (size, orientation) = (header.size, header.orientation);
+    let eighths = spec.and_then(|spec| resize::eighths(size, orientation, spec));
+    // What the other decoder takes for damage libjpeg may still read, and its word counts.
+    if eighths.is_none()
+        && header.plain
+        && let Ok(decoder) = JpegDecoder::new(Cursor::new(bytes))
+        && decoder.dimensions() == size
+        && let Ok(image) = DynamicImage::from_decoder(decoder)
+    {
+        return Ok(Stored::whole(to_rgb(image), orientation));
+    }
+    let eighths = eighths.unwrap_or(8);
+    // Without an end marker only reading all of it tells whether the picture is whole.
+    let rows = match spec {
+        Some(spec) if header.ended => resize::rows(size, eighths, orientation, spec),
+        _ => jpeg::reduced(size.1, eighths),
+    };
+    let (image, colours) = jpeg::decode_at(bytes, &header, eighths, rows)?;
+    Ok(Stored { image, colours, size, eighths, orientation })
+}
+
+fn decode_other(
     bytes: &[u8],
     format: ImageFormat,
-    spec: Option<&PixelSpec>,
     limits: PixelLimits,
 ) -> Result<Stored, ImageError> {
     let checked = container::check(bytes, format, limits)?;
 
-    let mut reader = ImageReader::with_format(Cursor::new(checked.bytes), format);
+    let mut reader = ImageReader::with_format(Cursor::new(checked.bytes.as_ref()), format);
     // Only PNG's decoder takes limits when it is made, and it reads the metadata then: one row of
     // pixels and the metadata is all that it allocates itself.
     let mut header = image::Limits::no_limits();
@@ -103,8 +140,8 @@ fn decode_format(
 
     let (width, height) = decoder.dimensions();
     check_size(width, height, limits)?;
-    // A decoder's own buffers (a TIFF's strips, a GIF's frame) may be as large as the picture.
-    let most = METADATA_BYTES + BYTES_A_PIXEL.saturating_mul(limits.max_pixels);
+    // A decoder's own buffers (a GIF's frame) may be as large as the picture.
+    let most = bytes_allowed(limits);
     if decoder.total_bytes().saturating_mul(2) > most {
         return Err(ImageError::new(
             ImageErrorCode::TooLarge,
@@ -119,23 +156,25 @@ fn decode_format(
     let mut allowance = image::Limits::no_limits();
     allowance.max_alloc = Some(most.min(METADATA_BYTES + 3 * decoder.total_bytes()));
     decoder.set_limits(allowance).map_err(|e| refusal(format, &e))?;
-
-    // Damaged EXIF data does not make the picture unreadable: such a picture counts as upright.
-    let orientation = match checked.orientation {
-        Some(orientation) => orientation,
-        None => decoder.orientation().unwrap_or(Orientation::NoTransforms),
-    };
-    let size = (width, height);
-    if format == ImageFormat::Jpeg
-        && let Some(spec) = spec
-        && let Some(eighths) = resize::eighths(size, orientation, spec)
-        && let rows = resize::rows(size, eighths, orientation, spec)
-        && let Some((image, colours)) = jpeg::decode_at(checked.bytes, size, eighths, rows)
-    {
-        return Ok(Stored { image, colours, size, eighths, orientation });
+    let mut image = DynamicImage::from_decoder(decoder).map_err(|e| refusal(format, &e))?;
+    if format == ImageFormat::Bmp {
+        make_opaque(&mut image);
     }
-    let image = to_rgb(DynamicImage::from_decoder(decoder).map_err(|e| refusal(format, &e))?);
-    Ok(Stored { image, colours: Colours::Rgb, size, eighths: 8, orientation })
+    Ok(Stored::whole(to_rgb(image), checked.orientation))
+}
+
+/// A BMP whose alpha is 0 all over was written by a program that knows of no alpha.
+fn make_opaque(image: &mut DynamicImage) {
+    if let DynamicImage::ImageRgba8(image) = image
+        && image.pixels().all(|pixel| pixel.0[3] == 0)
+    {
+        image.pixels_mut().for_each(|pixel| pixel.0[3] = 255);
+    }
+}
+
+/// What decoding may take, in bytes.
+pub(super) fn bytes_allowed(limits: PixelLimits) -> u64 {
+    METADATA_BYTES + BYTES_A_PIXEL.saturating_mul(limits.max_pixels)
 }
 
 /// Holds a declared size against the limits.
@@ -253,7 +292,7 @@ fn high(sample: u16) -> u8 {
 }
 
 /// A sample of opacity `alpha` on white paper, rounded.
-fn over_white(sample: u8, alpha: u8) -> u8 {
+pub(super) fn over_white(sample: u8, alpha: u8) -> u8 {
     let (sample, alpha) = (u32::from(sample), u32::from(alpha));
     ((sample * alpha + 255 * (255 - alpha) + 127) / 255) as u8 // at most 255: an average of two bytes
 }

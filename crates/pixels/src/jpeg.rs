@@ -1,63 +1,103 @@
-//! A JPEG at a fraction of its size. Its blocks are 8 × 8 cosine coefficients; for a picture of n
-//! eighths of the size only the lowest n × n of each are transformed back, which is a resize, about
-//! as good as with a box filter, that costs less than nothing.
+//! JPEG by libjpeg (mozjpeg), which reads every kind that people have: several scans, arithmetic
+//! coding, any sampling, no Huffman tables, no end marker. The pure-Rust decoder is left with the plain
+//! kind at full size, where it is faster.
 //!
-//! libjpeg does that, here as mozjpeg without its assembler. Only the plain kind goes there, which is
-//! what cameras write; any other, and any that libjpeg refuses, is left to the full decoder, whose
-//! word on it counts.
+//! libjpeg also decodes at a fraction of the size. Blocks are 8 × 8 cosine coefficients; for a picture of
+//! n eighths of the size only the lowest n × n of each are transformed back, which is a resize, about
+//! as good as with a box filter, that costs less than nothing.
 //!
 //! Two thirds of the time goes into the Huffman code, and that of the rows below the crop is not
 //! read. Colours stay as the file has them: a model wants a few of the pixels, and only those are
 //! turned into RGB ([`to_rgb`]).
+
+mod fault;
+mod header;
 
 use std::panic::catch_unwind;
 
 use image::RgbImage;
 use mozjpeg::{ColorSpace, Decompress};
 
-use super::decode::Colours;
+use angler_wire::error::ImageError;
+
+use super::decode::{Colours, corrupt};
+pub(crate) use header::Header;
+
+/// The end-of-image marker.
+const END: &[u8] = b"\xff\xd9";
 
 /// Decodes the first `rows` rows of what it is at `eighths` eighths of its size, [rows, W, 3], W
-/// rounded up. `size` is what the file was found to declare. None if it is not for this decoder.
-pub(super) fn decode_at(
+/// rounded up. Without an end marker the scan data must be whole.
+///
+/// # Errors
+/// `CorruptImage`: damaged or not whole. `UnsupportedFormat`: a kind that libjpeg does not decode.
+pub(crate) fn decode_at(
     bytes: &[u8],
-    size: (u32, u32),
+    header: &Header,
     eighths: u8,
     rows: u32,
-) -> Option<(RgbImage, Colours)> {
-    if !is_plain(bytes) {
-        return None;
-    }
-    // libjpeg's errors come as panics.
-    catch_unwind(|| decompress(bytes, size, eighths, rows)).ok().flatten()
+) -> Result<(RgbImage, Colours), ImageError> {
+    let whole;
+    let bytes = if header.ended {
+        bytes
+    } else {
+        whole = ended(bytes);
+        &whole
+    };
+    // libjpeg's errors come as panics, for which no hook is called.
+    catch_unwind(|| decompress(bytes, header, eighths, rows))
+        .unwrap_or_else(|panic| Err(fault::refusal(panic.as_ref())))
+}
+
+/// A file with an end marker in place of the zeros that pad it. Two of them may belong to the scan.
+fn ended(bytes: &[u8]) -> Vec<u8> {
+    let end = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 3);
+    [&bytes[..end.min(bytes.len())], END].concat()
 }
 
 fn decompress(
     bytes: &[u8],
-    size: (u32, u32),
+    header: &Header,
     eighths: u8,
     rows: u32,
-) -> Option<(RgbImage, Colours)> {
-    let mut jpeg = Decompress::new_mem(bytes).ok()?;
+) -> Result<(RgbImage, Colours), ImageError> {
+    let damaged = |_| corrupt("JPEG file is damaged");
+    let mut jpeg =
+        Decompress::with_err(fault::manager(header.ended)).from_mem(bytes).map_err(damaged)?;
     // The limits were held against that size.
-    let declared = (u32::try_from(jpeg.width()).ok()?, u32::try_from(jpeg.height()).ok()?);
-    if declared != size {
-        return None;
+    if (jpeg.width(), jpeg.height()) != (header.size.0 as usize, header.size.1 as usize) {
+        return Err(corrupt("JPEG file is damaged: it declares two sizes"));
     }
     jpeg.scale(eighths);
     let (space, colours) = match jpeg.color_space() {
         ColorSpace::JCS_YCbCr => (ColorSpace::JCS_YCbCr, Colours::YCbCr),
+        ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK => (ColorSpace::JCS_CMYK, Colours::Rgb),
         _ => (ColorSpace::JCS_RGB, Colours::Rgb),
     };
-    let mut lines = jpeg.to_colorspace(space).ok()?;
-    let (width, height) = (reduced(size.0, eighths), reduced(size.1, eighths));
+    let mut lines = jpeg.to_colorspace(space).map_err(damaged)?;
+    let (width, height) = (reduced(header.size.0, eighths), reduced(header.size.1, eighths));
     if (lines.width(), lines.height()) != (width as usize, height as usize) || rows > height {
-        return None;
+        return Err(corrupt("JPEG file is damaged: it declares two sizes"));
     }
     let mut image = RgbImage::new(width, rows);
     let (pixels, _) = image.as_chunks_mut::<3>();
-    let read = lines.read_scanlines_into(pixels).ok()?.len();
-    (read == width as usize * rows as usize).then_some((image, colours))
+    if header.inks {
+        let mut line = vec![[0; 4]; width as usize];
+        for row in pixels.chunks_exact_mut(width as usize) {
+            lines.read_scanlines_into(&mut line).map_err(damaged)?;
+            for (pixel, inks) in row.iter_mut().zip(&line) {
+                *pixel = without_inks(*inks);
+            }
+        }
+    } else {
+        lines.read_scanlines_into(pixels).map_err(damaged)?;
+    }
+    Ok((image, colours))
+}
+
+/// RGB of four inks as JPEG files store them, inverted: 255 is none.
+fn without_inks([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
+    [cyan, magenta, yellow].map(|ink| ((u32::from(ink) * u32::from(black) + 127) / 255) as u8) // at most 255
 }
 
 /// What a side of the file becomes.
@@ -79,37 +119,6 @@ pub(super) fn to_rgb(pixels: &mut [u8]) {
         let blue = y + 116_130 * cb; // 1.772
         *pixel = [red, green, blue].map(|value| (value >> 16).clamp(0, 255) as u8);
     }
-}
-
-/// Whether all of the picture is in one scan, of 8-bit grey or of three colours. In the other kinds
-/// (progressive above all) each scan passes over the whole picture, and a small file may have
-/// thousands.
-fn is_plain(bytes: &[u8]) -> bool {
-    let mut rest = bytes.get(2..).unwrap_or_default();
-    let mut components = None;
-    while let [0xff, code, after @ ..] = rest {
-        let code = *code;
-        if code == 0xff {
-            rest = &rest[1..]; // padding
-            continue;
-        }
-        let Some([high, low]) = after.first_chunk() else { return false };
-        let length = usize::from(u16::from_be_bytes([*high, *low]));
-        let Some(body) = after.get(2..length) else { return false };
-        match (code, body) {
-            // Sequential frames: precision, height, width, components. (ITU-T T.81, B.2.2.)
-            (0xc0 | 0xc1, [8, _, _, _, _, count @ (1 | 3), ..]) if components.is_none() => {
-                components = Some(*count);
-            }
-            // Start of scan: how many components it holds, first. (B.2.3.)
-            (0xda, [count, ..]) => return components == Some(*count),
-            // Any other frame; 0xc4, 0xc8 and 0xcc are none.
-            (0xc0..=0xcf, _) if !matches!(code, 0xc4 | 0xc8 | 0xcc) => return false,
-            _ => {}
-        }
-        rest = &after[length..];
-    }
-    false
 }
 
 #[cfg(test)]

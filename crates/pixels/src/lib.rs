@@ -2,9 +2,10 @@
 //! Pure and synchronous; a call that takes long takes it on the caller's thread.
 //!
 //! 1. `sniff`: the format is told from the content, never from a name.
-//! 2. `container` and `tiff`: what must hold of a file before its decoder sees it, because the
-//!    decoder does not see to it: a JPEG that was cut short, a size that only a nested picture
-//!    declares, a list of four thousand million offsets.
+//! 2. `jpeg`, `tiff` and, for the other formats, `container`: what must hold of a file before its
+//!    decoder sees it, because the decoder does not see to it: a size that only a nested picture
+//!    declares, a list of four thousand million offsets; and what does not matter, although the decoder
+//!    stumbles over it.
 //! 3. `decode`: the declared size is held against the limit before pixel memory is allocated, then
 //!    the file is decoded and brought to 8-bit RGB, transparency over white.
 //!    A large JPEG is decoded at a fraction of its size instead (`jpeg`), if that leaves more pixels
@@ -18,7 +19,12 @@
 
 mod container;
 mod decode;
+mod exif;
+mod guard;
 mod jpeg;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic, reason = "in tests a panic is the report")]
+mod kinds;
 mod resize;
 mod sniff;
 mod tiff;
@@ -125,7 +131,7 @@ pub fn decode_for(
 /// * `TooLarge`: it declares more pixels than `limits` allows, or needs more memory than such an
 ///   image may.
 /// * `CorruptImage`: damaged, cut short or empty of pixels.
-/// * `Internal`: `spec` asks for the impossible, or a decoder panicked.
+/// * `Internal`: `spec` asks for the impossible, or this crate's own code panicked.
 pub fn preprocess(
     bytes: &[u8],
     spec: &PixelSpec,

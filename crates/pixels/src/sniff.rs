@@ -9,12 +9,14 @@ const SUPPORTED: &str = "JPEG, PNG, WebP, GIF, BMP and TIFF";
 
 /// What the first bytes look like, for people: the likely strangers in a bucket of images.
 const STRANGERS: &[(&[u8], &str)] = &[
-    (b"II+\0", "a BigTIFF"),
-    (b"MM\0+", "a BigTIFF"),
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer, not the file that it stands for (run git lfs pull)",
+    ),
     (b"%PDF", "a PDF document"),
     (b"\x00\x00\x01\x00", "a Windows icon"),
-    (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
-    (b"\xff\x0a", "JPEG XL"),
+    (b"\x00\x00\x00\x0cJXL ", JPEG_XL),
+    (b"\xff\x0a", JPEG_XL),
     (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
     (b"\xff\x4f\xff\x51", "JPEG 2000"),
     (b"8BPS", "a Photoshop file"),
@@ -30,6 +32,23 @@ const STRANGERS: &[(&[u8], &str)] = &[
     (b"SIMPLE  =", "a FITS image"),
     (b"\x89HDF", "HDF5 data"),
     (b"\x93NUMPY", "a NumPy array"),
+    (b"\x80\x04\x95", "a Python pickle"),
+    (b"PAR1", "a Parquet file"),
+    (b"FUJIFILMCCD-RAW", "a Fujifilm raw photo (RAF)"),
+    (b"IIRO", "an Olympus raw photo (ORF)"),
+    (b"IIU\0", "a Panasonic raw photo (RW2)"),
+];
+
+const JPEG_XL: &str = "JPEG XL (convert it to JPEG or PNG, for example with djxl)";
+const AVIF: &str = "AVIF (convert it to JPEG or PNG, for example with avifdec)";
+const HEIC: &str = "HEIC (convert it to JPEG, for example with heif-convert of libheif)";
+
+/// What base64 text of an image begins with.
+const ENCODED: &[(&[u8], &str)] = &[
+    (b"/9j/", "base64 text of a JPEG (decode it first)"),
+    (b"iVBORw0KGgo", "base64 text of a PNG (decode it first)"),
+    (b"R0lGOD", "base64 text of a GIF (decode it first)"),
+    (b"UklGR", "base64 text of a WebP (decode it first)"),
 ];
 
 /// How far text is looked through for an `<svg`, in bytes.
@@ -46,6 +65,9 @@ pub(super) fn format(bytes: &[u8]) -> Result<ImageFormat, ImageError> {
             | ImageFormat::Bmp
             | ImageFormat::Tiff),
         ) => Ok(format),
+        _ if matches!(bytes, [b'I', b'I', 43, 0, ..] | [b'M', b'M', 0, 43, ..]) => {
+            Ok(ImageFormat::Tiff)
+        } // BigTIFF
         _ => Err(unsupported(describe(bytes))),
     }
 }
@@ -80,37 +102,66 @@ fn is_text(head: &[u8]) -> bool {
 /// An ISO base media file (`ftyp`): its major brand, then the compatible ones, say what it is.
 fn describe_brands(bytes: &[u8]) -> &'static str {
     let length = bytes.first_chunk().map_or(0, |size| u32::from_be_bytes(*size) as usize);
-    let brands = bytes.get(8..length.min(bytes.len())).unwrap_or_default().chunks_exact(4);
-    for brand in brands {
+    let brands = || bytes.get(8..length.min(bytes.len())).unwrap_or_default().chunks_exact(4);
+    for brand in brands() {
         match brand {
-            b"avif" | b"avis" => return "AVIF",
-            b"heic" | b"heix" | b"hevc" | b"hevx" | b"heim" | b"heis" => return "HEIC",
+            b"avif" | b"avis" => return AVIF,
+            b"heic" | b"heix" | b"hevc" | b"hevx" | b"heim" | b"heis" | b"hevm" | b"hevs" => {
+                return HEIC;
+            }
             b"crx " => return "a Canon raw photo (CR3)",
-            b"qt  " | b"isom" | b"mp41" | b"mp42" | b"M4V " => return "a video",
+            b"jp2 " | b"jpx " => return "JPEG 2000",
+            b"jxl " => return JPEG_XL,
+            b"M4A " | b"M4B " => return "a sound recording (MPEG-4)",
+            b"qt  " => return "a video (QuickTime)",
+            b"isom" | b"iso2" | b"iso4" | b"iso5" | b"iso6" | b"mp41" | b"mp42" | b"M4V "
+            | b"avc1" | b"MSNV" => {
+                return "a video (MPEG-4)";
+            }
+            [b'3', b'g', ..] => return "a video (3GPP)",
             _ => {}
         }
     }
-    if bytes.get(8..12) == Some(b"mif1") {
-        return "HEIF";
+    if brands().any(|brand| matches!(brand, b"mif1" | b"msf1" | b"mif2" | b"heif")) {
+        return "HEIF of an unknown coding (convert it to JPEG)";
     }
-    "an ISO media file of an unknown brand"
+    "an ISO media file (MP4 or the like) of an unknown brand"
 }
 
 fn describe_text(text: &[u8]) -> &'static str {
+    let starts =
+        |start: &[u8]| text.get(..start.len()).is_some_and(|head| head.eq_ignore_ascii_case(start));
     let holds = |needle: &[u8]| {
         text.windows(needle.len()).any(|window| window.eq_ignore_ascii_case(needle))
     };
-    if holds(b"<svg") {
+    if starts(b"data:") {
+        "a data URI, not the file in it (decode it first)"
+    } else if starts(b"http://") || starts(b"https://") || starts(b"s3://") {
+        "text of an address, not the file there"
+    } else if let Some((_, name)) = ENCODED.iter().find(|(start, _)| text.starts_with(start)) {
+        name
+    } else if starts(b"<!doctype html") || holds(b"<html") {
+        "an HTML page, perhaps the error page of a server"
+    } else if holds(b"<svg") {
         "an SVG drawing"
-    } else if holds(b"<html") {
-        "an HTML page"
-    } else if text.starts_with(b"<?xml") {
+    } else if starts(b"<?xml") && holds(b"<Error>") {
+        "an XML document, perhaps the error of an object store"
+    } else if starts(b"<?xml") {
         "an XML document"
     } else if text.starts_with(b"{") || text.starts_with(b"[") {
         "JSON or text"
+    } else if is_base64(text) {
+        "base64 text (decode it first)"
     } else {
         "text"
     }
+}
+
+/// Long lines of nothing but base64's characters.
+fn is_base64(text: &[u8]) -> bool {
+    let line = text.split(|&byte| byte == b'\r' || byte == b'\n').next().unwrap_or_default();
+    let known = |byte: &u8| byte.is_ascii_alphanumeric() || b"+/=-_".contains(byte);
+    line.len() >= 60 && text.iter().all(|byte| known(byte) || byte.is_ascii_whitespace())
 }
 
 #[cfg(test)]
@@ -135,6 +186,15 @@ mod tests {
             (b"\x00\x00\x00\x18ftypisom\x00\x00\x00\x00isomavc1", "video"),
             (b"\x00\x00\x00\x02ftyp", "ISO media"),
             (b"\xff\xff\xff\xffftypheic", "HEIC"),
+            (b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom", "video"),
+            (b"\x00\x00\x00\x14ftypXAVC\x00\x00\x00\x00", "ISO media"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "Git LFS pointer"),
+            (b"data:image/jpeg;base64,/9j/4AAQ", "data URI"),
+            (b"/9j/4AAQSkZJRgABAQAAAQ", "base64 text of a JPEG"),
+            (b"iVBORw0KGgoAAAANSUhEUgAA", "base64 text of a PNG"),
+            (b"TU0AKgAAAAgAAgEAAAMAAAABAAEAAAEBAAMAAAABAAEAAAAAAAAAAAAAAAAAAAAA", "base64"),
+            (b"  <!doctype HTML><title>404", "HTML"),
+            (b"https://example.org/a.jpg", "address"),
         ];
         for (bytes, expected) in cases {
             let error = format(bytes).unwrap_err();
@@ -153,5 +213,6 @@ mod tests {
         assert_eq!(format(b"BM").unwrap(), ImageFormat::Bmp);
         assert_eq!(format(b"II*\0").unwrap(), ImageFormat::Tiff);
         assert_eq!(format(b"MM\0*").unwrap(), ImageFormat::Tiff);
+        assert_eq!(format(b"MM\0+").unwrap(), ImageFormat::Tiff);
     }
 }
