@@ -1,6 +1,6 @@
 """Makes the seeds of tests/local/fuzz/corpus: small files, one for each thing that a parser treats in its own way.
 
-    pip install pillow numpy safetensors
+    pip install pillow numpy safetensors tifffile imagecodecs
     python3 tests/local/fuzz/make_corpus.py
 """
 
@@ -9,6 +9,7 @@ import pathlib
 import struct
 
 import numpy as np
+import tifffile
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import save
 
@@ -90,6 +91,40 @@ image("packbits.tiff", picture.convert("L"), compression="packbits")
 image("bits.tiff", picture.convert("1"), compression="group4")
 image("float.tiff", Image.fromarray(np.linspace(0, 1, 204, dtype=np.float32).reshape(12, 17)))
 image("turned.tiff", tiffinfo={0x0112: 8})
+image("palette.tiff", picture.convert("P"))
+image("cmyk.tiff", picture.convert("CMYK"))
+image("ycbcr.tiff", picture.convert("YCbCr"))
+image("lab.tiff", Image.fromarray(np.asarray(picture), "LAB"))
+image("jpeg.tiff", compression="jpeg", quality=50)
+image("group3.tiff", picture.convert("1"), compression="group3")
+image("group3-mixed.tiff", picture.convert("1"), compression="group3", tiffinfo={292: 1})
+image("rows.tiff", picture.convert("1"), compression="tiff_ccitt")
+image("lsb.tiff", picture.convert("1"), compression="group4", tiffinfo={266: 2})
+pixels = np.asarray(picture)
+
+
+def tiff(name, array, photometric="minisblack", **options):
+    tifffile.imwrite(CORPUS / "preprocess" / name, array, photometric=photometric, metadata=None, **options)
+
+
+tiff("big.tiff", pixels, "rgb", bigtiff=True, byteorder=">", tile=(16, 16), compression="zlib")
+tiff("planes.tiff", pixels.transpose(2, 0, 1), "rgb", planarconfig="separate", tile=(16, 16))
+tiff("zstd.tiff", pixels.astype("u2") * 200, "rgb", compression="zstd", predictor=True)
+tiff("float-predictor.tiff", pixels[..., 0] / np.float32(255), compression="zlib", predictor=True)
+tiff("signed.tiff", pixels[..., 0].astype("i4") - 100)
+
+# JPEG: without its Huffman tables, without its end, with colours that contradict each other.
+whole = (CORPUS / "preprocess" / "baseline.jpg").read_bytes()
+tables = whole.index(b"\xff\xc4")
+scan = whole.index(b"\xff\xda")
+(CORPUS / "preprocess" / "no-tables.jpg").write_bytes(whole[:tables] + whole[scan:])
+(CORPUS / "preprocess" / "no-end.jpg").write_bytes(whole[:-2] + bytes(40))
+adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
+(CORPUS / "preprocess" / "contradiction.jpg").write_bytes(whole[:tables] + adobe + whole[tables:])
+# GIF: a screen of no pixels, an extension of no meaning.
+whole = (CORPUS / "preprocess" / "one.gif").read_bytes()
+table = 13 + 3 * (2 << (whole[10] & 7))
+(CORPUS / "preprocess" / "unknown.gif").write_bytes(whole[:6] + bytes(4) + whole[10:table] + b"!\x42\x03abc\0" + whole[table:])
 
 
 def frame(name, payload):
