@@ -49,10 +49,12 @@ pub(crate) fn decode_at(
         .unwrap_or_else(|panic| Err(fault::refusal(panic.as_ref())))
 }
 
-/// A file with an end marker in place of the zeros that pad it. Two of them may belong to the scan.
+/// A file with an end marker in place of the zeros that pad it. One belongs to a last byte of 255; more
+/// would pass for the blocks that a cut scan lacks, since short codes may be zeros.
 fn ended(bytes: &[u8]) -> Vec<u8> {
-    let end = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 3);
-    [&bytes[..end.min(bytes.len())], END].concat()
+    let end = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+    let stuffed = bytes[..end].ends_with(b"\xff") && end < bytes.len();
+    [&bytes[..end + usize::from(stuffed)], END].concat()
 }
 
 fn decompress(
