@@ -17,7 +17,7 @@
 //! page.facts(&[("right", "97.3%".into(), Some("of 1,200 images".into()))]);
 //! let rows = [vec![Cell::from("cola"), Cell::share(0.95)]];
 //! page.section("Classes", table(&["class", "right"], &rows, &[Align::Left, Align::Right]));
-//! assert!(page.finish().starts_with("<!doctype html>"));
+//! assert!(page.finish().starts_with("<!DOCTYPE html>"));
 //! ```
 
 mod bars;
