@@ -17,7 +17,7 @@ use image::metadata::Orientation;
 use angler_wire::error::ImageError;
 
 use super::PixelLimits;
-use super::decode::{check_size, corrupt};
+use super::stored::{check_size, corrupt};
 
 /// A file that may be given to its decoder.
 pub(super) struct Checked<'a> {

@@ -7,7 +7,7 @@ use std::sync::Once;
 
 use angler_wire::error::{ImageError, ImageErrorCode};
 
-use super::decode::corrupt;
+use super::stored::corrupt;
 
 /// The folder of this crate's sources, as panics name it.
 const OURS: &str = {

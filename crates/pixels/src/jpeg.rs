@@ -20,7 +20,7 @@ use mozjpeg::{ColorSpace, Decompress};
 
 use angler_wire::error::ImageError;
 
-use super::decode::{Colours, corrupt};
+use super::stored::{Colours, corrupt};
 pub(crate) use header::Header;
 
 /// The end-of-image marker.

@@ -27,6 +27,7 @@ mod jpeg;
 mod kinds;
 mod resize;
 mod sniff;
+mod stored;
 mod tiff;
 
 use angler_wire::error::ImageError;
@@ -90,7 +91,7 @@ pub struct Pixels {
 }
 
 /// An image that has been decoded and is not resized yet.
-pub struct Decoded(decode::Stored);
+pub struct Decoded(stored::Stored);
 
 impl Decoded {
     /// Resizes, crops and turns upright as `spec` says, straight into `pixels`: u8 RGB,

@@ -16,7 +16,7 @@ use image::{DynamicImage, RgbImage};
 
 use angler_wire::error::{ImageError, ImageErrorCode};
 
-use super::decode::{Colours, Stored};
+use super::stored::{Colours, Stored};
 use super::{Filter, PixelSpec, Resize, jpeg};
 
 /// Pixels along a side for each that is wanted, at least, in a picture decoded at less than its size:

@@ -18,8 +18,8 @@ use image::metadata::Orientation;
 use angler_wire::error::{ImageError, ImageErrorCode};
 
 use super::PixelLimits;
-use super::decode::{Colours, METADATA_BYTES, Stored, bytes_allowed, check_size, corrupt};
 use super::sniff::unsupported;
+use super::stored::{Colours, METADATA_BYTES, Stored, bytes_allowed, check_size, corrupt};
 use colours::Paint;
 use directory::{Directory, tag};
 use samples::{Samples, Scale};

@@ -6,6 +6,7 @@
 //! published again. Only then does the run's [mark](super::mark) move. However the sending ends, the
 //! same command continues behind the last job that is known to be sent.
 
+mod link;
 mod sender;
 mod unsent;
 

@@ -7,7 +7,7 @@ use angler_wire::error::ImageError;
 
 use super::Checked;
 use crate::PixelLimits;
-use crate::decode::{check_size, corrupt};
+use crate::stored::{check_size, corrupt};
 
 /// Makes the screen as large as the first frame needs, as Pillow does, and drops the extensions in
 /// front of it but for the one about its transparency.

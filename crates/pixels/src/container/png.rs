@@ -6,8 +6,8 @@ use std::io::Read;
 use angler_wire::error::ImageError;
 
 use super::Checked;
-use crate::decode::{check_size, corrupt};
 use crate::sniff::unsupported;
+use crate::stored::{check_size, corrupt};
 use crate::{PixelLimits, exif};
 
 /// The signature, then the length, name, body and checksum of the header.

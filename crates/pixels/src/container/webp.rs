@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use angler_wire::error::ImageError;
 
 use super::Checked;
-use crate::decode::{check_size, corrupt};
+use crate::stored::{check_size, corrupt};
 use crate::{PixelLimits, exif};
 
 /// How far the length of the container may be off: writers count its own 8 bytes or leave them out.

@@ -14,8 +14,8 @@ use mozjpeg_sys::{
 
 use angler_wire::error::ImageError;
 
-use crate::decode::corrupt;
 use crate::sniff::unsupported;
+use crate::stored::corrupt;
 
 /// The number of a message of libjpeg.
 struct Fault(i64);

@@ -6,9 +6,9 @@ use image::metadata::Orientation;
 use angler_wire::error::{ImageError, ImageErrorCode};
 
 use crate::PixelLimits;
-use crate::decode::{check_size, corrupt};
 use crate::exif;
 use crate::sniff::unsupported;
+use crate::stored::{check_size, corrupt};
 
 /// Scans of a file, at most. Each passes over the whole picture; encoders write about 10.
 const MAX_SCANS: usize = 100;

@@ -5,9 +5,9 @@ use angler_wire::error::ImageError;
 use super::directory::{Directory, tag};
 use super::samples::Samples;
 use super::unpack::Compression;
-use crate::decode::{corrupt, over_white};
 use crate::jpeg;
 use crate::sniff::unsupported;
+use crate::stored::{corrupt, over_white};
 
 /// How a pixel's levels become RGB.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 
 use angler_wire::error::ImageError;
 
-use crate::decode::corrupt;
+use crate::stored::corrupt;
 
 /// Entries of a directory, at most.
 const MAX_ENTRIES: u64 = 4_096;

@@ -7,8 +7,8 @@ use image::metadata::Orientation;
 use weezl::{BitOrder, LzwStatus};
 
 use super::fax::{self, Coding};
-use crate::decode::{Colours, corrupt};
 use crate::sniff::unsupported;
+use crate::stored::{Colours, corrupt};
 use crate::{PixelLimits, jpeg};
 
 /// How strips and tiles are compressed.

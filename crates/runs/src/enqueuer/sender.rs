@@ -2,18 +2,17 @@
 
 use std::time::{Duration, SystemTime};
 
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::{BasicProperties, Channel, Confirmation, Connection};
-use tokio::time::{Instant, sleep, timeout};
+use lapin::Connection;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
+use angler_amqp::Backoff;
 use angler_amqp::ask::{answer, look_at};
-use angler_amqp::run_queues::{IdQueues, RunQueues};
+use angler_amqp::run_queues::IdQueues;
 use angler_amqp::turn::{Turn, TurnError};
-use angler_amqp::{AmqpError, Backoff, short};
-use angler_wire::job::JOB_TYPE;
 
-use super::unsent::{Message, Unsent};
+use super::link::{Answers, Link, Waiting, confirming, properties};
+use super::unsent::Unsent;
 use super::{EnqueueError, Obstacle, Plan, Step, Target};
 use crate::mark;
 use crate::mark::{Look, Mark, MarkError, Marker, Written, new_nonce};
@@ -29,12 +28,7 @@ const MARK: Duration = Duration::from_millis(250);
 /// How long to wait for another sender of the run to end.
 const TURN: Duration = Duration::from_secs(5);
 
-/// How often a wait looks whether the broker blocks publishers, and how long one that does not may
-/// take to answer.
-const TICK: Duration = Duration::from_secs(1);
-const ANSWER: Duration = Duration::from_secs(15);
-
-type Outcome<T> = Result<T, Failed<EnqueueError>>;
+pub(super) type Outcome<T> = Result<T, Failed<EnqueueError>>;
 
 /// Sends a run over one connection after another.
 pub(super) struct Sender<'a, F> {
@@ -51,30 +45,6 @@ pub(super) struct Sender<'a, F> {
     is_listed: bool,
     is_told: bool,
     has_warned: bool,
-}
-
-/// What a sender has of one connection.
-struct Link<'a> {
-    connection: &'a Connection,
-    queues: RunQueues,
-    marker: Marker,
-    /// When the mark was written last.
-    marked: Instant,
-    /// Confirms, and has one batch in flight.
-    jobs: Channel,
-    /// Confirms, and has one question in flight.
-    asking: Channel,
-    /// When the sender looked last, and for how many jobs there was room.
-    looked: Option<(Instant, u64)>,
-    properties: BasicProperties,
-}
-
-/// What the broker answered to a batch.
-enum Answers {
-    /// A message came back, since there is no queue for it. Which one cannot be told.
-    Returned,
-    /// The messages at these places were refused, the others are in the queue.
-    Refused(Vec<usize>),
 }
 
 impl<'a, F: FnMut(Step)> Sender<'a, F> {
@@ -419,76 +389,6 @@ impl<'a, F: FnMut(Step)> Sender<'a, F> {
     }
 }
 
-/// How long to wait for confirms.
-#[derive(Clone, Copy)]
-struct Waiting<'a> {
-    stop: &'a CancellationToken,
-    patience: Duration,
-    progress: &'a Instant,
-}
-
-impl Waiting<'_> {
-    /// Waits for what the broker answers. One that blocks publishers, because it is short of memory
-    /// or disk, is waited for on the same connection.
-    async fn answer<T>(
-        self,
-        connection: &Connection,
-        call: impl Future<Output = Result<T, lapin::Error>>,
-    ) -> Outcome<T> {
-        tokio::pin!(call);
-        let mut asked = Instant::now();
-        loop {
-            if let Ok(answer) = timeout(TICK, call.as_mut()).await {
-                return Ok(answer.map_err(AmqpError::from)?);
-            }
-            let is_over = self.stop.is_cancelled() || self.progress.elapsed() >= self.patience;
-            match connection.status().blocked() {
-                true if is_over => {
-                    let reason = "it blocks publishers (a memory or disk alarm)";
-                    return Err(Failed::Connection(reason.into()));
-                }
-                true => asked = Instant::now(),
-                false if asked.elapsed() < ANSWER => {}
-                false => return Err(AmqpError::Silent(ANSWER.as_secs()).into()),
-            }
-        }
-    }
-}
-
-impl Link<'_> {
-    /// Publishes a batch and waits for all its confirms.
-    async fn publish(
-        &self,
-        queue: &str,
-        batch: &[Message],
-        waiting: Waiting<'_>,
-    ) -> Outcome<Answers> {
-        let mandatory = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-        let mut confirms = Vec::with_capacity(batch.len());
-        for Message { id, body, .. } in batch {
-            let properties = self.properties.clone().with_message_id(short(id));
-            let publishing =
-                self.jobs.basic_publish("".into(), short(queue), mandatory, body, properties);
-            confirms.push(waiting.answer(self.connection, publishing).await?);
-        }
-        let (mut refused, mut is_returned) = (Vec::new(), false);
-        for (at, confirm) in confirms.into_iter().enumerate() {
-            match waiting.answer(self.connection, confirm).await? {
-                Confirmation::Ack(None) => {}
-                Confirmation::Ack(Some(_)) | Confirmation::Nack(Some(_)) => is_returned = true,
-                Confirmation::Nack(None) | Confirmation::NotRequested => refused.push(at),
-            }
-        }
-        Ok(if is_returned { Answers::Returned } else { Answers::Refused(refused) })
-    }
-}
-
-async fn confirming(connection: &Connection) -> Result<Channel, AmqpError> {
-    let channel = answer(connection.create_channel()).await?;
-    answer(channel.confirm_select(ConfirmSelectOptions::default())).await?;
-    Ok(channel)
-}
-
 /// Writes a mark that must be there.
 async fn write(connection: &Connection, marker: &Marker, mark: &Mark) -> Outcome<()> {
     match marker.write(connection, mark).await? {
@@ -500,12 +400,4 @@ async fn write(connection: &Connection, marker: &Marker, mark: &Mark) -> Outcome
 
 fn mark_refused() -> Failed<EnqueueError> {
     Failed::Connection("the broker refused the run's mark".into())
-}
-
-fn properties(queues: &RunQueues) -> BasicProperties {
-    BasicProperties::default()
-        .with_delivery_mode(2)
-        .with_type(JOB_TYPE.into())
-        .with_content_type("application/json".into())
-        .with_reply_to(short(&queues.results))
 }
