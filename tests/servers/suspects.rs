@@ -168,7 +168,9 @@ impl Supervised {
             self.deaths.push(status);
         }
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "suspects::child", "--ignored", "--nocapture"]).env(BROKER, &self.broker);
+        command
+            .args(["--exact", "suspects::child", "--ignored", "--nocapture"])
+            .env(BROKER, &self.broker);
         command.env("AWS_ACCESS_KEY_ID", var("ANGLER_TEST_S3_KEY"));
         command.env("AWS_SECRET_ACCESS_KEY", var("ANGLER_TEST_S3_SECRET"));
         command.env("AWS_EC2_METADATA_DISABLED", "true");
