@@ -12,7 +12,7 @@ use angler_amqp::run_queues::RunQueues;
 use angler_amqp::{AmqpError, short};
 use angler_wire::job::JOB_TYPE;
 
-use super::sender::Outcome;
+use super::EnqueueError;
 use super::unsent::Message;
 use crate::mark::Marker;
 use crate::reconnect::Failed;
@@ -21,6 +21,8 @@ use crate::reconnect::Failed;
 /// take to answer.
 const TICK: Duration = Duration::from_secs(1);
 const ANSWER: Duration = Duration::from_secs(15);
+
+pub(super) type Outcome<T> = Result<T, Failed<EnqueueError>>;
 
 /// What a sender has of one connection.
 pub(super) struct Link<'a> {

@@ -11,7 +11,7 @@ use angler_amqp::ask::{answer, look_at};
 use angler_amqp::run_queues::IdQueues;
 use angler_amqp::turn::{Turn, TurnError};
 
-use super::link::{Answers, Link, Waiting, confirming, properties};
+use super::link::{Answers, Link, Outcome, Waiting, confirming, properties};
 use super::unsent::Unsent;
 use super::{EnqueueError, Obstacle, Plan, Step, Target};
 use crate::mark;
@@ -27,8 +27,6 @@ const LOOK: Duration = Duration::from_millis(500);
 const MARK: Duration = Duration::from_millis(250);
 /// How long to wait for another sender of the run to end.
 const TURN: Duration = Duration::from_secs(5);
-
-pub(super) type Outcome<T> = Result<T, Failed<EnqueueError>>;
 
 /// Sends a run over one connection after another.
 pub(super) struct Sender<'a, F> {
